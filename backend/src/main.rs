@@ -1,0 +1,2 @@
+//! The daemon and its clients.
+fn main() {}
