@@ -1,1 +1,33 @@
-//! stub
+//! Dirty bitmaps: which bytes of a disk changed since a point in time.
+//!
+//! The ground that everything else stands on; it imports nothing of the workspace. From the bottom up:
+//!
+//! - [`units`]: byte ranges, granularity; all rounding.
+//! - [`bits`]: a plain set of dirty bits. [`live`]: the shared one that queue threads mark.
+//! - [`admission`]: how queue threads pass a value that one control thread may change while all are outside.
+//! - [`inflight`]: which writes are on their way. [`gate`]: what may hold a write back.
+//! - [`named`]: named bitmaps and their states, as drafts that a commit puts in force.
+//! - [`tracker`]: one disk's marking. [`flip`]: one instant for many disks.
+//!
+//! Invariants I1 and I2 of `ARCHITECTURE.md` live here, and the half of I3 that waits for writes of before a cut.
+
+pub mod admission;
+pub mod bits;
+pub mod flip;
+pub mod gate;
+pub mod inflight;
+mod layers;
+pub mod live;
+pub mod named;
+pub mod sync;
+pub mod tracker;
+pub mod units;
+
+pub use bits::Bits;
+pub use flip::{Commit, commit};
+pub use gate::{Gate, Resume};
+pub use inflight::PreCut;
+pub use live::LiveMap;
+pub use named::{BitmapError, BitmapInfo, Frozen};
+pub use tracker::{Lane, Tracker};
+pub use units::{ByteRange, Granularity, SECTOR};

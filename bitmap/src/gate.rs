@@ -1,0 +1,17 @@
+//! What the write path asks before a write may go: the seam between marking here and copy-before-write in `backup`.
+
+use crate::units::ByteRange;
+
+/// Called once, on any thread, when a held write may try again from the start.
+pub type Resume = Box<dyn FnOnce() + Send>;
+
+/// Something that may hold a write back until the old data is safe.
+pub trait Gate: Send + Sync {
+    /// Whether a change of `range` may go now. Asked inside a critical section: no wait, no system call, no allocation.
+    /// Once true for a range, it stays true for that range.
+    fn admits(&self, range: ByteRange) -> bool;
+
+    /// Asks, outside of any critical section, to make `range` admissible; does not wait. `resume` is called when that is
+    /// done or given up by policy, perhaps before this returns. The write then asks every gate again.
+    fn hold(&self, range: ByteRange, resume: Resume);
+}

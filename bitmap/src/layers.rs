@@ -1,0 +1,130 @@
+//! What a bitmap consists of (I2): a base, closed immutable generations, and, while it records, the current one.
+//!
+//! A layer is shared, never copied: 64 recording bitmaps hold 64 references to one closed generation. `compact` folds
+//! them into a new base later, off the hot path. Each generation is seen at a granularity of the bitmap that recorded
+//! it, so a coarse bitmap merged into a fine one gives coarse dirty cells, as it does in QEMU.
+
+use crate::bits::Bits;
+use crate::live::LiveMap;
+use crate::units::{ByteRange, Granularity};
+use std::sync::Arc;
+
+/// How many closed generations may pile up before they are folded.
+const FOLD_AT: usize = 8;
+
+/// A set of dirty bytes, written as a union.
+#[derive(Clone, Debug)]
+pub(crate) struct Layers {
+    granularity: Granularity,
+    size: u64,
+    base: Option<Arc<Bits>>,
+    closed: Vec<(Arc<LiveMap>, Granularity)>,
+    /// At which granularities the generation that is still being written belongs to this set; empty: not at all.
+    current: Vec<Granularity>,
+}
+
+impl Layers {
+    pub(crate) fn empty(granularity: Granularity, size: u64) -> Self {
+        Self { granularity, size, base: None, closed: Vec::new(), current: Vec::new() }
+    }
+
+    pub(crate) fn granularity(&self) -> Granularity {
+        self.granularity
+    }
+
+    pub(crate) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Whether the current generation belongs to this set from now on.
+    pub(crate) fn record(&mut self, on: bool) {
+        self.current.clear();
+        if on {
+            self.current.push(self.granularity);
+        }
+    }
+
+    /// The current generation is closed, and named here if it belongs to this set.
+    pub(crate) fn close(&mut self, generation: Option<&Arc<LiveMap>>) {
+        for granularity in self.current.drain(..) {
+            if let Some(generation) = generation {
+                self.closed.push((Arc::clone(generation), granularity));
+            }
+        }
+    }
+
+    /// Adds all of `other`.
+    pub(crate) fn absorb(&mut self, other: &Layers) {
+        if let Some(theirs) = &other.base {
+            match &self.base {
+                Some(ours) if Arc::ptr_eq(ours, theirs) => {}
+                None if theirs.granularity() == self.granularity => self.base = Some(Arc::clone(theirs)),
+                ours => {
+                    let mut base = match ours {
+                        Some(ours) => (**ours).clone(),
+                        None => Bits::new(self.granularity, self.size),
+                    };
+                    base.union(theirs);
+                    self.base = Some(Arc::new(base));
+                }
+            }
+        }
+        for (generation, granularity) in &other.closed {
+            if !self.closed.iter().any(|(ours, at)| Arc::ptr_eq(ours, generation) && at == granularity) {
+                self.closed.push((Arc::clone(generation), *granularity));
+            }
+        }
+        for granularity in &other.current {
+            if !self.current.contains(granularity) {
+                self.current.push(*granularity);
+            }
+        }
+    }
+
+    /// Adds plain bits.
+    pub(crate) fn add(&mut self, bits: &Bits) {
+        let mut layer = Layers::empty(bits.granularity(), self.size);
+        layer.base = Some(Arc::new(bits.clone()));
+        self.absorb(&layer);
+    }
+
+    /// Whether any byte of `range` is dirty, the current generation left out. Allocates nothing.
+    pub(crate) fn any(&self, range: ByteRange) -> bool {
+        self.base.as_ref().is_some_and(|base| base.any(range))
+            || self
+                .closed
+                .iter()
+                .any(|(generation, granularity)| generation.any(granularity.range(granularity.cover(range), self.size)))
+    }
+
+    /// All of it as plain bits; `live` is the current generation, counted if it belongs to this set.
+    pub(crate) fn bits(&self, live: Option<&Arc<LiveMap>>) -> Bits {
+        let mut bits = match &self.base {
+            Some(base) => (**base).clone(),
+            None => Bits::new(self.granularity, self.size),
+        };
+        let current = self.current.iter().filter_map(|granularity| Some((live?, granularity)));
+        for (generation, granularity) in self.closed.iter().map(|(generation, at)| (generation, at)).chain(current) {
+            if *granularity > self.granularity {
+                bits.union(&generation.to_bits().at(*granularity));
+            } else {
+                generation.fold_into(&mut bits);
+            }
+        }
+        bits
+    }
+
+    /// Folds closed generations into a new base once there are many. The old record stays whole until it is replaced.
+    pub(crate) fn compact(&mut self) {
+        if self.closed.len() >= FOLD_AT {
+            let current = std::mem::take(&mut self.current);
+            let base = self.bits(None);
+            *self = Self {
+                base: Some(Arc::new(base)),
+                closed: Vec::new(),
+                current,
+                ..Self::empty(self.granularity, self.size)
+            };
+        }
+    }
+}

@@ -1,0 +1,316 @@
+//! Named bitmaps and their states.
+//!
+//! A [`Draft`] is a private copy of one disk's bitmaps, cheap since layers are shared. Every operation works on a draft,
+//! in the order of a transaction's actions, each seeing the effect of those before it; `flip::commit` puts it in force.
+//! Whatever is refused leaves the bitmaps as they were, since only the draft is gone.
+//!
+//! | state | set by | may be |
+//! |---|---|---|
+//! | recording or not | add, enable, disable | all of the others at the same time |
+//! | frozen (busy) | freeze | read; abdicate or reclaim end it |
+
+use crate::bits::Bits;
+use crate::layers::Layers;
+use crate::live::LiveMap;
+use crate::units::{ByteRange, Granularity};
+use std::fmt;
+use std::sync::Arc;
+use thiserror::Error;
+use uuid::Uuid;
+
+/// Longest name, as in QEMU.
+const NAME_MAX: usize = 1023;
+
+/// Why an operation on a bitmap was refused. The texts are QEMU's, since scripts match them.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum BitmapError {
+    /// No bitmap of this name on the node.
+    #[error("Dirty bitmap '{0}' not found")]
+    NotFound(String),
+    /// A bitmap of this name exists.
+    #[error("Bitmap already exists: {0}")]
+    Exists(String),
+    /// The empty string was given as a name.
+    #[error("Bitmap name cannot be empty")]
+    NameEmpty,
+    /// The name has over 1023 bytes.
+    #[error("Bitmap name too long: {0}")]
+    NameTooLong(String),
+    /// The granularity is no power of two of at least 512 (and at most 2 GiB).
+    #[error("Granularity must be power of 2 and at least 512")]
+    Granularity,
+    /// A job or an export uses the bitmap.
+    #[error("Bitmap '{0}' is currently in use by another operation and cannot be used")]
+    Busy(String),
+    /// The two bitmaps belong to disks of different sizes.
+    #[error(
+        "Bitmaps are of different sizes (destination size is {destination}, source size is {source_size}) and can't be merged"
+    )]
+    Sizes {
+        /// Bytes of the disk merged into.
+        destination: u64,
+        /// Bytes of the disk merged from.
+        source_size: u64,
+    },
+    /// Abdicate or reclaim of a bitmap that is not frozen, or that somebody else froze.
+    #[error("Bitmap '{0}' is not frozen by this operation")]
+    NotFrozen(String),
+}
+
+/// The dirty set of a bitmap as of a freeze; immutable once its commit succeeded.
+#[derive(Clone)]
+pub struct Frozen {
+    id: Uuid,
+    layers: Layers,
+}
+
+impl Frozen {
+    /// Names this freeze in reports and queries.
+    pub fn id(&self) -> Uuid {
+        self.id
+    }
+
+    /// Granularity of the bitmap.
+    pub fn granularity(&self) -> Granularity {
+        self.layers.granularity()
+    }
+
+    /// Whether any byte of `range` is in the set. Allocates nothing, so that a gate may ask in a critical section.
+    pub fn any(&self, range: ByteRange) -> bool {
+        self.layers.any(range)
+    }
+
+    /// The set as plain bits.
+    pub fn bits(&self) -> Bits {
+        self.layers.bits(None)
+    }
+
+    /// Names the generation that the next flip closes, before that flip: a gate has to know the set when it is armed,
+    /// and nobody marks a generation after it is closed.
+    pub(crate) fn close(&mut self, generation: Option<&Arc<LiveMap>>) {
+        self.layers.close(generation);
+    }
+}
+
+impl fmt::Debug for Frozen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Frozen").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+/// One named bitmap. While `frozen` is there, `layers` is the successor.
+#[derive(Clone, Debug)]
+pub(crate) struct Bitmap {
+    name: String,
+    recording: bool,
+    layers: Layers,
+    frozen: Option<Frozen>,
+}
+
+/// What queries tell of a bitmap.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BitmapInfo {
+    /// Its name.
+    pub name: String,
+    /// Bytes a bit stands for.
+    pub granularity: Granularity,
+    /// Dirty bytes, in whole granules; of the frozen set while there is one, as in QEMU.
+    pub count: u64,
+    /// Whether guest writes are being recorded, in the successor while frozen.
+    pub recording: bool,
+    /// Whether an operation holds it.
+    pub busy: bool,
+    /// The freeze that it is in, if any.
+    pub frozen: Option<Uuid>,
+}
+
+/// The bitmaps of one disk, as one operation after another leaves them.
+#[derive(Clone, Debug)]
+pub struct Draft {
+    size: u64,
+    bitmaps: Vec<Bitmap>,
+}
+
+/// A bitmap's dirty set, taken out of one draft to be merged into another.
+#[derive(Clone, Debug)]
+pub struct DirtySet(Layers);
+
+impl Draft {
+    pub(crate) fn new(size: u64) -> Self {
+        Self { size, bitmaps: Vec::new() }
+    }
+
+    fn position(&self, name: &str) -> Result<usize, BitmapError> {
+        self.bitmaps.iter().position(|b| b.name == name).ok_or_else(|| BitmapError::NotFound(name.to_owned()))
+    }
+
+    /// The bitmap, if it may be changed.
+    fn free(&mut self, name: &str) -> Result<&mut Bitmap, BitmapError> {
+        let index = self.position(name)?;
+        let bitmap = &mut self.bitmaps[index];
+        if bitmap.frozen.is_some() {
+            return Err(BitmapError::Busy(name.to_owned()));
+        }
+        Ok(bitmap)
+    }
+
+    /// Adds an empty bitmap that records from the commit on, unless it is `disabled`.
+    pub fn add(&mut self, name: &str, granularity: Granularity, disabled: bool) -> Result<(), BitmapError> {
+        if name.is_empty() {
+            return Err(BitmapError::NameEmpty);
+        }
+        if name.len() > NAME_MAX {
+            return Err(BitmapError::NameTooLong(name.to_owned()));
+        }
+        if self.position(name).is_ok() {
+            return Err(BitmapError::Exists(name.to_owned()));
+        }
+        self.bitmaps.push(Bitmap {
+            name: name.to_owned(),
+            recording: !disabled,
+            layers: Layers::empty(granularity, self.size),
+            frozen: None,
+        });
+        Ok(())
+    }
+
+    /// Removes a bitmap that is not busy.
+    pub fn remove(&mut self, name: &str) -> Result<(), BitmapError> {
+        self.free(name)?;
+        let index = self.position(name)?;
+        self.bitmaps.remove(index);
+        Ok(())
+    }
+
+    /// Forgets all that the bitmap recorded until the commit.
+    pub fn clear(&mut self, name: &str) -> Result<(), BitmapError> {
+        let bitmap = self.free(name)?;
+        bitmap.layers = Layers::empty(bitmap.layers.granularity(), bitmap.layers.size());
+        Ok(())
+    }
+
+    /// Records from the commit on.
+    pub fn enable(&mut self, name: &str) -> Result<(), BitmapError> {
+        self.free(name)?.recording = true;
+        Ok(())
+    }
+
+    /// Records until the commit.
+    pub fn disable(&mut self, name: &str) -> Result<(), BitmapError> {
+        self.free(name)?.recording = false;
+        Ok(())
+    }
+
+    /// Takes out the dirty set of `name` as of the commit, to merge it; a busy bitmap may not be read this way.
+    pub fn dirty_set(&mut self, name: &str) -> Result<DirtySet, BitmapError> {
+        Ok(DirtySet(self.free(name)?.layers.clone()))
+    }
+
+    /// Adds `source` to `target`. `source` must stand over a disk of the same size; its current generation, if it has
+    /// one, must be this disk's (see [`DirtySet::of_other_disk`]).
+    pub fn merge(&mut self, target: &str, source: &DirtySet) -> Result<(), BitmapError> {
+        let bitmap = self.free(target)?;
+        if source.0.size() != bitmap.layers.size() {
+            return Err(BitmapError::Sizes { destination: bitmap.layers.size(), source_size: source.0.size() });
+        }
+        bitmap.layers.absorb(&source.0);
+        Ok(())
+    }
+
+    /// Freezes a bitmap: its set as of the commit belongs to the caller, an empty successor takes over.
+    pub fn freeze(&mut self, name: &str) -> Result<Frozen, BitmapError> {
+        let bitmap = self.free(name)?;
+        let successor = Layers::empty(bitmap.layers.granularity(), bitmap.layers.size());
+        let frozen = Frozen { id: Uuid::new_v4(), layers: std::mem::replace(&mut bitmap.layers, successor) };
+        bitmap.frozen = Some(frozen.clone());
+        Ok(frozen)
+    }
+
+    fn thaw(&mut self, name: &str, id: Uuid) -> Result<(&mut Bitmap, Frozen), BitmapError> {
+        let index = self.position(name)?;
+        let bitmap = &mut self.bitmaps[index];
+        match bitmap.frozen.take() {
+            Some(frozen) if frozen.id == id => Ok((bitmap, frozen)),
+            other => {
+                bitmap.frozen = other;
+                Err(BitmapError::NotFrozen(name.to_owned()))
+            }
+        }
+    }
+
+    /// Ends freeze `id` in success: the successor is the bitmap from now on, the frozen set is gone.
+    pub fn abdicate(&mut self, name: &str, id: Uuid) -> Result<(), BitmapError> {
+        self.thaw(name, id).map(|_| ())
+    }
+
+    /// Ends freeze `id` in failure: the frozen set is merged back into the successor.
+    pub fn reclaim(&mut self, name: &str, id: Uuid) -> Result<(), BitmapError> {
+        let (bitmap, frozen) = self.thaw(name, id)?;
+        bitmap.layers.absorb(&frozen.layers);
+        Ok(())
+    }
+
+    /// Ends freeze `id`, merging back only `uncopied`: what `bitmap-mode: always` leaves after a failure.
+    pub fn abdicate_except(&mut self, name: &str, id: Uuid, uncopied: &Bits) -> Result<(), BitmapError> {
+        let (bitmap, _) = self.thaw(name, id)?;
+        bitmap.layers.add(uncopied);
+        Ok(())
+    }
+
+    /// Whether there is such a bitmap.
+    pub fn has(&self, name: &str) -> bool {
+        self.position(name).is_ok()
+    }
+
+    /// The finest granularity that records; `None` if nothing does.
+    pub(crate) fn recording_granularity(&self) -> Option<Granularity> {
+        self.bitmaps.iter().filter(|b| b.recording).map(|b| b.layers.granularity()).min()
+    }
+
+    /// The draft comes into force: `closed` is the generation that ended with it.
+    pub(crate) fn settle(&mut self, closed: Option<&Arc<LiveMap>>) {
+        for bitmap in &mut self.bitmaps {
+            bitmap.layers.close(closed);
+            bitmap.layers.record(bitmap.recording);
+            bitmap.layers.compact();
+            if let Some(frozen) = &mut bitmap.frozen {
+                frozen.close(closed);
+            }
+        }
+    }
+
+    pub(crate) fn info(&self, live: Option<&Arc<LiveMap>>) -> Vec<BitmapInfo> {
+        self.bitmaps
+            .iter()
+            .map(|bitmap| BitmapInfo {
+                name: bitmap.name.clone(),
+                granularity: bitmap.layers.granularity(),
+                count: bitmap.shown(live).dirty_bytes(),
+                recording: bitmap.recording,
+                busy: bitmap.frozen.is_some(),
+                frozen: bitmap.frozen.as_ref().map(Frozen::id),
+            })
+            .collect()
+    }
+
+    pub(crate) fn bits(&self, name: &str, live: Option<&Arc<LiveMap>>) -> Result<Bits, BitmapError> {
+        Ok(self.bitmaps[self.position(name)?].shown(live))
+    }
+}
+
+impl Bitmap {
+    fn shown(&self, live: Option<&Arc<LiveMap>>) -> Bits {
+        match &self.frozen {
+            Some(frozen) => frozen.layers.bits(live),
+            None => self.layers.bits(live),
+        }
+    }
+}
+
+impl DirtySet {
+    /// The set as it stands in another disk's draft: that disk's current generation is closed by name, since `merge`
+    /// would take it for this disk's own.
+    pub(crate) fn close(&mut self, generation: Option<&Arc<LiveMap>>) {
+        self.0.close(generation);
+    }
+}
