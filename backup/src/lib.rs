@@ -1,1 +1,5 @@
 //! stub
+
+pub mod file_lock;
+pub mod source;
+pub mod target;

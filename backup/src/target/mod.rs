@@ -1,0 +1,238 @@
+//! Where a backup goes: image files and block devices that the copy engine writes point-in-time clusters into.
+//!
+//! Jobs make targets with [`create`] (`drive-backup`) or [`open`] (`mode: existing`, `blockdev-add`), the copy engine
+//! writes them, and the job concludes them. Nothing here knows of bitmaps, points in time or QMP. Rooms: `place` (paths
+//! to descriptors, links refused), `draft` (files that vanish unless kept), `bytes` (whole reads, writes and zeroing of a descriptor), `raw`, `qcow2` (through
+//! `imago`, with `storage` and `header` beneath it), `image` (reading chains, flattening them).
+//!
+//! Invariants: a refused creation leaves nothing behind and an existing file as it was; a target is never a file that
+//! the caller forbids, under whatever name; an error that the kernel gave keeps its `raw_os_error`; a failed fsync is
+//! never retried and trusted; a qcow2 that was not concluded is refused by everyone.
+
+mod bytes;
+mod draft;
+mod place;
+mod raw;
+
+use crate::file_lock::LockError;
+use crate::source::FileId;
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+/// Something that a backup is written into.
+///
+/// Life: created or opened, written by several workers in any order, flushed at will, then concluded once all is
+/// written, or abandoned. A write after [`Target::conclude`] begins anew and needs another. Dropping without concluding
+/// leaves a qcow2 that every tool refuses to open.
+pub trait Target: Send + Sync {
+    /// Virtual size in bytes. Fixed.
+    fn size(&self) -> u64;
+
+    /// Natural unit of writing, a power of two: aligned writes of this size cause no copying inside the target.
+    fn cluster_size(&self) -> u64;
+
+    /// Alignment that offsets, lengths and buffers need (the end of the disk excepted).
+    fn alignment(&self) -> u32 {
+        1
+    }
+
+    /// Freshly made and without backing: what was not written yet reads as zeroes, so zeroes need not be written.
+    fn reads_zero(&self) -> bool;
+
+    /// Writes all of `buf`. Called from several workers at once, on disjoint ranges. A range past the end is refused
+    /// with `InvalidInput` and nothing is written.
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Makes the range read as zeroes, also over a backing file, taking as little space as possible.
+    fn write_zeroes_at(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Returns when everything written so far is durable. An error is final: later calls fail too.
+    fn flush(&self) -> io::Result<()>;
+
+    /// [`Target::flush`], then declares the contents complete: clears the mark of an unfinished qcow2, and makes the
+    /// name of a created file durable. May be called again after more writes.
+    fn conclude(&self) -> io::Result<()>;
+
+    /// Removes the file if this target created it and its name still leads to it; otherwise does nothing.
+    fn abandon(&self) -> io::Result<()>;
+
+    /// The files and devices behind it: first the one that is written, then its backing chain. Empty if there is none.
+    fn file_ids(&self) -> &[FileId];
+
+    /// The file or device that is written.
+    fn file_id(&self) -> Option<FileId> {
+        self.file_ids().first().copied()
+    }
+
+    /// `raw`, `qcow2`, ...
+    fn format_name(&self) -> &'static str;
+
+    /// What the user called it, for queries and logs.
+    fn name(&self) -> String;
+}
+
+/// An image format. Never guessed: a guest that may write a raw disk could make it look like anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// The bytes of the disk, one to one.
+    Raw,
+    /// QEMU's qcow2, version 3 for writing, 2 and 3 for reading.
+    Qcow2,
+}
+
+impl Format {
+    /// QEMU's name of it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Format {
+    type Err = TargetError;
+
+    fn from_str(name: &str) -> Result<Self, TargetError> {
+        match name {
+            "raw" => Ok(Format::Raw),
+            "qcow2" => Ok(Format::Qcow2),
+            _ => Err(TargetError::UnknownFormat(name.to_owned())),
+        }
+    }
+}
+
+/// Which files may be touched.
+#[derive(Clone, Debug, Default)]
+pub struct Policy {
+    /// Directories that every path (also of a backing file) must lie beneath, links resolved. Empty: anywhere.
+    pub roots: Vec<PathBuf>,
+    /// Files and devices that may be neither target nor a part of its chain: the source, and every disk served.
+    pub forbidden: Vec<FileId>,
+}
+
+/// The image that a new qcow2 stands on.
+#[derive(Clone, Debug)]
+pub struct Backing {
+    /// Written into the new image as it is; a relative path counts from the new image's directory.
+    pub path: PathBuf,
+    /// Its format, written too.
+    pub format: Format,
+}
+
+/// What to create.
+#[derive(Clone, Debug)]
+pub struct CreateOptions {
+    /// Virtual size in bytes, a multiple of 512.
+    pub size: u64,
+    /// qcow2 only; 64 KiB when not given.
+    pub cluster_size: Option<u64>,
+    /// qcow2 only.
+    pub backing: Option<Backing>,
+    /// QEMU's `absolute-paths`: an existing regular file is emptied and reused. Otherwise it is refused.
+    pub overwrite: bool,
+}
+
+impl CreateOptions {
+    /// A new image of `size` bytes, on nothing, over nothing.
+    pub fn new(size: u64) -> Self {
+        Self { size, cluster_size: None, backing: None, overwrite: false }
+    }
+}
+
+/// Why a target could not be made or opened. The text is QEMU's where QEMU has the case.
+#[derive(Debug, thiserror::Error)]
+pub enum TargetError {
+    /// No such image format.
+    #[error("Unknown file format '{0}'")]
+    UnknownFormat(String),
+    /// The file could not be made.
+    #[error("Could not create '{}': {}", path.display(), os_text(source))]
+    Create {
+        /// The path as given.
+        path: PathBuf,
+        /// The reason, with the kernel's errno where it has one.
+        source: io::Error,
+    },
+    /// The file could not be opened.
+    #[error("Could not open '{}': {}", path.display(), os_text(source))]
+    Open {
+        /// The path as given.
+        path: PathBuf,
+        /// The reason, with the kernel's errno where it has one.
+        source: io::Error,
+    },
+    /// The file is there, but its contents are not acceptable.
+    #[error("Could not open '{}': {reason}", path.display())]
+    Refused {
+        /// The path as given, or of a file in its chain.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The options make no sense; nothing was touched.
+    #[error("Could not create '{}': {reason}", path.display())]
+    Options {
+        /// The path as given.
+        path: PathBuf,
+        /// What is wrong with them.
+        reason: String,
+    },
+    /// The file, or one in its chain, is forbidden: the source itself or another served disk.
+    #[error("Source and target cannot be the same")]
+    Forbidden,
+    /// Another process uses the file.
+    #[error(transparent)]
+    Locked(#[from] LockError),
+}
+
+impl TargetError {
+    fn refused(path: &Path, reason: impl Into<String>) -> Self {
+        TargetError::Refused { path: path.to_owned(), reason: reason.into() }
+    }
+
+    fn options(path: &Path, reason: impl Into<String>) -> Self {
+        TargetError::Options { path: path.to_owned(), reason: reason.into() }
+    }
+}
+
+/// `strerror` alone, as QEMU prints it: without Rust's "(os error 2)".
+pub fn os_text(error: &io::Error) -> String {
+    let text = error.to_string();
+    match (error.raw_os_error(), text.rfind(" (os error ")) {
+        (Some(_), Some(end)) => text[..end].to_owned(),
+        _ => text,
+    }
+}
+
+/// Makes a new image and opens it for writing.
+pub fn create(
+    path: &Path,
+    format: Format,
+    options: &CreateOptions,
+    policy: &Policy,
+) -> Result<Box<dyn Target>, TargetError> {
+    if !options.size.is_multiple_of(512) {
+        return Err(TargetError::options(path, "Image size must be a multiple of 512 bytes"));
+    }
+    match format {
+        Format::Raw => Ok(Box::new(raw::RawTarget::create(path, options, policy)?)),
+        Format::Qcow2 => Err(TargetError::UnknownFormat("qcow2".into())),
+    }
+}
+
+/// Opens an existing image or block device for writing.
+pub fn open(path: &Path, format: Format, policy: &Policy) -> Result<Box<dyn Target>, TargetError> {
+    match format {
+        Format::Raw => Ok(Box::new(raw::RawTarget::open(path, policy)?)),
+        Format::Qcow2 => Err(TargetError::UnknownFormat("qcow2".into())),
+    }
+}

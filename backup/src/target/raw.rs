@@ -1,0 +1,104 @@
+//! Raw targets: a file or block device that holds the bytes of the disk one to one.
+//!
+//! Made by `target::create` and `target::open`. Workers write at once without a lock: the kernel keeps disjoint ranges
+//! apart. The invariant: nothing is ever written outside `0..size`, so neither file nor size changes under a job.
+
+use super::bytes::{Kind, check_range};
+use super::draft::Draft;
+use super::{CreateOptions, Policy, Target, TargetError};
+use crate::source::FileId;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// As QEMU copies to raw files: big enough to be quick, small enough to skip zeroes well.
+const CLUSTER: u64 = 64 * 1024;
+
+/// A raw image that is written.
+pub(super) struct RawTarget {
+    draft: Draft,
+    size: u64,
+    reads_zero: bool,
+    path: PathBuf,
+    ids: [FileId; 1],
+}
+
+impl RawTarget {
+    /// Opens what exists.
+    pub fn open(path: &Path, policy: &Policy) -> Result<Self, TargetError> {
+        let failed = |source| TargetError::Open { path: path.to_owned(), source };
+        let draft = Draft::existing(path, policy)?;
+        let size = draft.bytes.len().map_err(failed)?;
+        Ok(Self::new(draft, size, false, path))
+    }
+
+    /// Makes a sparse file of the wanted size, or takes a block device as it is.
+    pub fn create(path: &Path, options: &CreateOptions, policy: &Policy) -> Result<Self, TargetError> {
+        if options.backing.is_some() {
+            let reason = "Backing file not supported for file format 'raw'";
+            return Err(TargetError::options(path, reason));
+        }
+        let failed = |source| TargetError::Create { path: path.to_owned(), source };
+        let draft = Draft::make(path, options.overwrite, policy)?;
+        let is_file = draft.bytes.kind() == Kind::Regular;
+        if is_file {
+            draft.bytes.file().set_len(options.size).map_err(failed)?;
+        }
+        let size = draft.bytes.len().map_err(failed)?;
+        Ok(Self::new(draft, size, is_file, path))
+    }
+
+    fn new(mut draft: Draft, size: u64, reads_zero: bool, path: &Path) -> Self {
+        draft.keep();
+        let ids = [draft.bytes.id()];
+        Self { draft, size, reads_zero, path: path.to_owned(), ids }
+    }
+}
+
+impl Target for RawTarget {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn cluster_size(&self) -> u64 {
+        CLUSTER
+    }
+
+    fn reads_zero(&self) -> bool {
+        self.reads_zero
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        check_range(offset, buf.len() as u64, self.size)?;
+        self.draft.bytes.write_at(buf, offset)
+    }
+
+    fn write_zeroes_at(&self, offset: u64, len: u64) -> io::Result<()> {
+        check_range(offset, len, self.size)?;
+        self.draft.bytes.zero_at(offset, len)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.draft.bytes.sync()
+    }
+
+    fn conclude(&self) -> io::Result<()> {
+        self.flush()?;
+        self.draft.sync_name()
+    }
+
+    fn abandon(&self) -> io::Result<()> {
+        self.draft.remove()
+    }
+
+    fn file_ids(&self) -> &[FileId] {
+        &self.ids
+    }
+
+    fn format_name(&self) -> &'static str {
+        "raw"
+    }
+
+    fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+}
