@@ -11,8 +11,12 @@
 
 mod bytes;
 mod draft;
+mod header;
+pub mod image;
 mod place;
+mod qcow2;
 mod raw;
+mod storage;
 
 use crate::file_lock::LockError;
 use crate::source::FileId;
@@ -170,6 +174,22 @@ pub enum TargetError {
         /// The reason, with the kernel's errno where it has one.
         source: io::Error,
     },
+    /// An image could not be read.
+    #[error("Could not read '{}': {}", path.display(), os_text(source))]
+    Read {
+        /// The top of the chain.
+        path: PathBuf,
+        /// The reason.
+        source: io::Error,
+    },
+    /// An image could not be written.
+    #[error("Could not write '{}': {}", path.display(), os_text(source))]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// The reason.
+        source: io::Error,
+    },
     /// The file is there, but its contents are not acceptable.
     #[error("Could not open '{}': {reason}", path.display())]
     Refused {
@@ -225,7 +245,7 @@ pub fn create(
     }
     match format {
         Format::Raw => Ok(Box::new(raw::RawTarget::create(path, options, policy)?)),
-        Format::Qcow2 => Err(TargetError::UnknownFormat("qcow2".into())),
+        Format::Qcow2 => Ok(Box::new(qcow2::Qcow2Target::create(path, options, policy)?)),
     }
 }
 
@@ -233,6 +253,6 @@ pub fn create(
 pub fn open(path: &Path, format: Format, policy: &Policy) -> Result<Box<dyn Target>, TargetError> {
     match format {
         Format::Raw => Ok(Box::new(raw::RawTarget::open(path, policy)?)),
-        Format::Qcow2 => Err(TargetError::UnknownFormat("qcow2".into())),
+        Format::Qcow2 => Ok(Box::new(qcow2::Qcow2Target::open(path, policy)?)),
     }
 }
