@@ -1,0 +1,42 @@
+//! An embedded vhost-user-blk front end: what a VMM and its guest's virtio-blk driver do, in one process.
+//!
+//! `blkmark demo`, the tests and the benchmark attach disks through it, to blkmark as to any other vhost-user-blk
+//! back end. It knows nothing of the daemon: only the protocol (`vhost`), the split virtqueue (virtio 1.2, section
+//! 2.7) and the block device (section 5.2).
+//!
+//! ```text
+//! Guest ── the vhost-user session: features, config space, memory, rings; reconnects
+//!   └─ Queue (one a thread) ── submit … kick … wait … completions
+//!        ├─ RawQueue ── any bytes in the rings, for tests of hostile guests
+//!        └─ Disk ── blocking read_at, write_at, flush, discard, write_zeroes, id
+//! ```
+//!
+//! Invariants: nothing that a back end writes into shared memory is trusted (a used entry that names no request in
+//! flight is an error, never a lost or a doubled completion); a call that waits also sees the back end die.
+
+mod config;
+mod disk;
+mod error;
+mod guest;
+mod histogram;
+mod layout;
+mod link;
+mod memory;
+mod options;
+mod queue;
+mod raw;
+mod request;
+mod ring;
+#[cfg(test)]
+mod ring_tests;
+
+pub use config::DeviceConfig;
+pub use disk::Disk;
+pub use error::FrontendError;
+pub use guest::Guest;
+pub use histogram::Histogram;
+pub use memory::{GuestMemory, OutOfRange};
+pub use options::{MemoryMessage, Options};
+pub use queue::{Queue, Wait};
+pub use raw::{Descriptor, RawQueue};
+pub use request::{Buffer, Completion, Request, Status};
