@@ -1,2 +1,5 @@
 //! stub
 pub mod frontend;
+pub mod device;
+pub mod memory;
+pub mod session;
