@@ -8,3 +8,4 @@ pub mod copy;
 pub mod node;
 pub mod point;
 pub mod scratch;
+pub mod qmp;
