@@ -10,6 +10,9 @@
 //! `F_OFD_GETLK` whether anybody else uses what it forbids, or forbids what it uses, and gives up if so. Taking before
 //! testing makes a race safe: of two that start at once both may fail, never both succeed.
 //!
+//! Seen with QEMU 10: a plain `qemu-img convert` of a locked disk fails and `-U` helps, for every format; `compare` and
+//! `info` of a locked *raw* file succeed even without `-U`, since QEMU lets readers of raw files share it with writers.
+//!
 //! OFD locks belong to the open file description: they stay until the last descriptor made from it is closed, so lock
 //! the descriptor that does the I/O. io_uring requests of a killed process keep their file, and with it the lock, until
 //! they are done; [`lock_within`] waits for that.
@@ -45,7 +48,7 @@ impl Permission {
 /// What the holder does, and with it what it forbids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockMode {
-    /// Reads and writes; nobody else may write or resize, or read without asking for it (`qemu-img -U`).
+    /// Reads and writes; nobody else may write or resize.
     Writer,
     /// Reads; nobody may write or resize meanwhile. Readers do not disturb each other.
     Reader,

@@ -209,3 +209,61 @@ impl Storage for ImageFile {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(veiled: bool) -> Arc<ImageBytes> {
+        ImageBytes::new(Arc::new(Bytes::new(tempfile::tempfile().unwrap()).unwrap()), veiled)
+    }
+
+    fn in_file(image: &ImageBytes) -> u64 {
+        image.features().unwrap()
+    }
+
+    #[test]
+    fn the_mark_is_in_the_file_from_the_first_write_and_never_seen() {
+        // Whatever pieces the header is written in.
+        for (offset, len) in [(0, 4096), (72, 8), (79, 1), (72, 1), (60, 13), (79, 100)] {
+            let image = image(true);
+            image.write(&vec![0; len], offset).unwrap();
+            let touched = image.veiled_part(offset, len).unwrap().1;
+            let expected = u64::from_be_bytes(std::array::from_fn(|i| {
+                let inside = i >= touched && (FEATURES_AT + i as u64) < offset + len as u64;
+                if inside { MARK.to_be_bytes()[i] } else { 0 }
+            }));
+            assert_eq!(in_file(&image), expected, "{offset}+{len}");
+            let mut seen = vec![0xff; len];
+            image.read(&mut seen, offset).unwrap();
+            assert!(seen.iter().all(|b| *b == 0));
+        }
+        let image = image(true);
+        image.write(&[1; 72], 0).unwrap();
+        image.write(&[1; 72], 80).unwrap();
+        assert_eq!(in_file(&image), 0);
+    }
+
+    #[test]
+    fn marking_and_unmarking_leaves_other_features_alone() {
+        let image = image(false);
+        image.write(&4u64.to_be_bytes(), FEATURES_AT).unwrap();
+        assert_eq!(in_file(&image), 4);
+        image.mark().unwrap();
+        assert_eq!(in_file(&image), 4 | MARK);
+        image.unmark().unwrap();
+        assert_eq!(in_file(&image), 4);
+    }
+
+    #[test]
+    fn an_errno_survives_being_wrapped_in_text() {
+        let wrapped = || {
+            let e = noted::<()>(Err(io::Error::from_raw_os_error(libc::ENOSPC))).unwrap_err();
+            Err::<(), _>(io::Error::other(format!("Backing file: {e}")))
+        };
+        assert_eq!(keeping_errno(wrapped).unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+        // An older one is not blamed for an error without any.
+        let plain = || Err::<(), _>(io::Error::other("no"));
+        assert_eq!(keeping_errno(plain).unwrap_err().raw_os_error(), None);
+    }
+}
