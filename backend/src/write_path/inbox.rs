@@ -1,0 +1,48 @@
+//! What other threads tell a queue thread: the session (call descriptor, enable, stop) and gates (a held write may try
+//! again). One eventfd wakes it, on the same ring that its I/O is on.
+
+use rustix::event::EventfdFlags;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Mutex;
+
+/// One message.
+pub(super) enum Message {
+    /// Signal completions there from now on.
+    Call(Option<OwnedFd>),
+    /// Take requests, or leave them in the ring.
+    Enabled(bool),
+    /// The held write in this place may ask for admission again.
+    Resumed(usize),
+    /// Finish what is in flight, then end.
+    Stop,
+}
+
+/// A queue thread's inbox.
+pub(super) struct Inbox {
+    messages: Mutex<Vec<Message>>,
+    wake: OwnedFd,
+}
+
+impl Inbox {
+    pub(super) fn new() -> io::Result<Self> {
+        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self { messages: Mutex::default(), wake })
+    }
+
+    pub(super) fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+
+    pub(super) fn send(&self, message: Message) {
+        let mut messages = self.messages.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        messages.push(message);
+        // Nobody reads the eventfd, its signal alone counts. Its counter takes 2^64 of them.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// Takes all messages, in the order in which they came.
+    pub(super) fn take(&self) -> Vec<Message> {
+        std::mem::take(&mut *self.messages.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
+    }
+}

@@ -1,0 +1,350 @@
+//! One virtqueue's thread: takes requests from the ring, admits changes, moves bytes, answers.
+//!
+//! A round: take what has completed, what other threads said, what the guest made available; admit all changes of the
+//! round in one critical section; queue the operations; answer what is finished with one signal; then one system call
+//! submits everything and waits.
+//!
+//! Invariants. Every chain that is taken is answered exactly once. A change is submitted only after the tracker admitted
+//! it, and its in-flight slot is cleared only at its final result (I1). Nothing the guest puts into the ring makes this
+//! thread panic, spin or touch memory outside the guest's; a ring that makes no sense ends the connection.
+
+use super::inbox::{Inbox, Message};
+use super::served::Shared;
+use super::stage::Outcome;
+use super::table::Table;
+use crate::device::request::{self as device, Bounds, Kind, Parsed, StatusPlace};
+use crate::disk::{Completion, Engine};
+use crate::memory::{GuestMemory, MemorySnapshot};
+use crate::session::{Hangup, RingParts};
+use blkmark_bitmap::tracker::Admitted;
+use blkmark_bitmap::{ByteRange, Gate, Lane};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::GuestAddressSpace;
+
+const KICK: u64 = u64::MAX;
+const INBOX: u64 = u64::MAX - 1;
+
+/// What a queue thread owns.
+pub(super) struct QueueThread {
+    shared: Arc<Shared>,
+    inbox: Arc<Inbox>,
+    engine: Engine,
+    lane: Lane,
+    table: Table,
+    ring: Queue,
+    memory: GuestMemory,
+    /// The snapshot that new requests get, renewed when the front end changes its memory.
+    snapshot: Rc<MemorySnapshot>,
+    kick: OwnedFd,
+    call: Option<OwnedFd>,
+    hangup: Hangup,
+    bounds: Bounds,
+    enabled: bool,
+    stopping: bool,
+    /// The ring makes no sense; no more requests are taken from it.
+    broken: bool,
+    /// Changes that ask for admission in this round.
+    changes: Vec<usize>,
+    /// Requests whose operation is to be queued in this round.
+    ready: Vec<usize>,
+    /// Answers were put into the ring since the last look at whether to signal.
+    answered: bool,
+    completions: Vec<Completion>,
+}
+
+impl QueueThread {
+    pub(super) fn new(shared: Arc<Shared>, inbox: Arc<Inbox>, lane: Lane, parts: RingParts) -> io::Result<Self> {
+        let places = usize::from(parts.queue.size()).min(lane.slots());
+        let engine = Engine::new(&shared.disk, places as u32).map_err(io::Error::other)?;
+        let snapshot = Rc::new(parts.memory.memory());
+        Ok(Self {
+            bounds: shared.bounds,
+            engine,
+            lane,
+            table: Table::new(places),
+            ring: parts.queue,
+            snapshot,
+            memory: parts.memory,
+            kick: parts.kick,
+            call: parts.call,
+            hangup: parts.hangup,
+            enabled: parts.enabled,
+            stopping: false,
+            broken: false,
+            changes: Vec::with_capacity(places),
+            ready: Vec::with_capacity(places),
+            answered: false,
+            completions: Vec::with_capacity(places * 2),
+            shared,
+            inbox,
+        })
+    }
+
+    /// Serves until told to stop and nothing is in flight; answers `next_avail`.
+    pub(super) fn run(mut self) -> u16 {
+        match self.serve() {
+            Ok(()) => self.ring.next_avail(),
+            Err(error) => {
+                // Only the ring onto the disk can fail here, and without it nothing more can be done or waited for.
+                self.hangup.hang_up(&format_args!("queue thread of '{}': {error}", self.shared.id));
+                let next_avail = self.ring.next_avail();
+                // The kernel may still be at work on memory that the table keeps.
+                std::mem::forget(std::mem::replace(&mut self.table, Table::new(0)));
+                next_avail
+            }
+        }
+    }
+
+    fn serve(&mut self) -> io::Result<()> {
+        let inbox = Arc::clone(&self.inbox);
+        self.engine.watch(inbox.wake_fd(), INBOX)?;
+        self.engine.watch(self.kick.as_fd(), KICK)?;
+        loop {
+            self.read_inbox();
+            self.take_requests();
+            self.admit();
+            self.queue_operations()?;
+            if self.stopping && self.table.in_flight() == 0 {
+                self.signal();
+                return Ok(());
+            }
+            self.signal();
+            // What `take_requests` left in the ring for want of a place is looked at again at the next completion.
+            self.engine.wait(1)?;
+            self.handle_completions()?;
+        }
+    }
+
+    fn read_inbox(&mut self) {
+        for message in self.inbox.take() {
+            match message {
+                Message::Call(call) => {
+                    self.call = call;
+                    // What was answered while there was nowhere to signal must not be forgotten.
+                    self.notify_guest();
+                }
+                Message::Enabled(on) => self.enabled = on,
+                Message::Resumed(index) => self.changes.push(index),
+                Message::Stop => self.stopping = true,
+            }
+        }
+    }
+
+    fn takes_requests(&self) -> bool {
+        self.enabled && !self.stopping && !self.broken
+    }
+
+    /// Takes all that is available and has a place, and asks for a kick when more comes.
+    fn take_requests(&mut self) {
+        if !self.takes_requests() {
+            return;
+        }
+        let fresh = self.memory.memory();
+        if !std::ptr::eq(&raw const **self.snapshot, &raw const *fresh) {
+            self.snapshot = Rc::new(fresh);
+        }
+        let snapshot = Rc::clone(&self.snapshot);
+        if let Err(error) = self.take_all(&snapshot) {
+            self.broken = true;
+            self.hangup.hang_up(&format_args!("'{}': the guest's ring makes no sense: {error}", self.shared.id));
+        }
+    }
+
+    fn take_all(&mut self, snapshot: &Rc<MemorySnapshot>) -> Result<(), virtio_queue::Error> {
+        let memory = &***snapshot;
+        loop {
+            self.ring.disable_notification(memory)?;
+            while let Some(index) = self.table.free() {
+                // One chain at a time, since an answer without I/O needs the ring; the look at the index is one load.
+                let Some(chain) = self.ring.iter(memory)?.next() else { break };
+                let head = chain.head_index();
+                let place = self.table.place(index);
+                match device::parse(chain, memory, &self.bounds, &mut place.iovecs) {
+                    Parsed::Request(request) => {
+                        place.head = head;
+                        place.memory = Some(Rc::clone(snapshot));
+                        let kind = request.kind;
+                        place.request = Some(request);
+                        self.table.take();
+                        self.route(index, kind);
+                    }
+                    Parsed::Answer { status, code, used_len } => {
+                        // SAFETY: `snapshot` is what `parse` was given, and it is alive.
+                        unsafe { status.write(code) };
+                        self.answer(snapshot, head, used_len);
+                    }
+                    Parsed::Broken => self.answer(snapshot, head, 0),
+                }
+            }
+            if self.table.free().is_none() || !self.ring.enable_notification(memory)? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn route(&mut self, index: usize, kind: Kind) {
+        match kind {
+            Kind::Write | Kind::Discard | Kind::WriteZeroes { .. } => self.changes.push(index),
+            Kind::Read | Kind::Flush => self.ready.push(index),
+            Kind::GetId => {
+                let place = self.table.place(index);
+                // SAFETY: the iovecs come from `parse` with the snapshot that this place keeps.
+                unsafe { device::put_id(&place.iovecs, &self.shared.serial) };
+                self.finish(index, device::OK);
+            }
+        }
+    }
+
+    /// One critical section for all changes of the round. Those that a gate holds leave it again and will come back
+    /// through the inbox, to ask anew.
+    fn admit(&mut self) {
+        if self.changes.is_empty() {
+            return;
+        }
+        let mut held: Vec<(usize, ByteRange, Arc<dyn Gate>)> = Vec::new();
+        let passage = self.lane.enter();
+        for &index in &self.changes {
+            let place = self.table.place(index);
+            let Some(request) = &place.request else { continue };
+            let range = ByteRange::new(request.offset, request.len);
+            match passage.admit(index, range) {
+                Admitted::Go => {
+                    place.registered = true;
+                    self.ready.push(index);
+                }
+                Admitted::Held(gate) => held.push((index, range, gate)),
+            }
+        }
+        drop(passage);
+        self.changes.clear();
+        for (index, range, gate) in held {
+            let inbox = Arc::clone(&self.inbox);
+            gate.hold(range, Box::new(move || inbox.send(Message::Resumed(index))));
+        }
+    }
+
+    fn queue_operations(&mut self) -> io::Result<()> {
+        let alignment = self.shared.disk.memory_alignment();
+        for at in 0..self.ready.len() {
+            let index = self.ready[at];
+            let place = self.table.place(index);
+            if let Some(request) = &place.request {
+                place.stage.begin(request, &place.iovecs, alignment);
+                self.queue_operation(index)?;
+            }
+        }
+        self.ready.clear();
+        Ok(())
+    }
+
+    fn queue_operation(&mut self, index: usize) -> io::Result<()> {
+        let place = self.table.place(index);
+        // SAFETY: the iovecs point into the snapshot that the place keeps; place, iovecs and stage stay as they are
+        // until the completion of this token has been seen, since only that releases or changes them.
+        unsafe {
+            let operation = place.stage.operation(&place.iovecs);
+            self.engine.submit(operation, index as u64)
+        }
+    }
+
+    fn handle_completions(&mut self) -> io::Result<()> {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.engine.completions(&mut completions);
+        for completion in completions.drain(..) {
+            match completion.token {
+                KICK | INBOX => {
+                    if completion.more {
+                        continue;
+                    }
+                    self.watch_again(completion)?;
+                }
+                token => self.completed(token as usize, completion.result)?,
+            }
+        }
+        self.completions = completions;
+        Ok(())
+    }
+
+    #[cold]
+    fn watch_again(&mut self, ended: Completion) -> io::Result<()> {
+        let refused = ended.result < 0 && ended.result != -libc::ECANCELED;
+        let error = io::Error::from_raw_os_error(ended.result.saturating_abs());
+        match ended.token {
+            // Without the inbox nobody could stop this thread.
+            INBOX if refused => Err(error),
+            INBOX => self.engine.watch(Arc::clone(&self.inbox).wake_fd(), INBOX),
+            _ if refused => {
+                self.broken = true;
+                self.hangup.hang_up(&format_args!("'{}': cannot watch the kick descriptor: {error}", self.shared.id));
+                Ok(())
+            }
+            _ => self.engine.watch(self.kick.as_fd(), KICK),
+        }
+    }
+
+    fn completed(&mut self, index: usize, result: i32) -> io::Result<()> {
+        let place = self.table.place(index);
+        // SAFETY: as in `queue_operation`; the snapshot is still kept.
+        let outcome = unsafe { place.stage.completed(result, &place.iovecs) };
+        match outcome {
+            Outcome::Again => self.queue_operation(index)?,
+            Outcome::Done => self.finish(index, device::OK),
+            Outcome::Failed(errno) => {
+                if let Some(request) = &place.request {
+                    let error = io::Error::from_raw_os_error(errno);
+                    self.shared.log_error(request.kind, request.offset, request.len, &error);
+                }
+                self.finish(index, device::IOERR);
+            }
+        }
+        Ok(())
+    }
+
+    /// The request is over: status, slot, used ring, place.
+    fn finish(&mut self, index: usize, code: u8) {
+        let place = self.table.place(index);
+        let (head, registered) = (place.head, place.registered);
+        if let (Some(request), Some(memory)) = (place.request.take(), place.memory.take()) {
+            let status: StatusPlace = request.status;
+            // SAFETY: the place has kept the snapshot that the request was parsed with.
+            unsafe { status.write(code) };
+            if registered {
+                self.lane.finish(index);
+            }
+            let used_len = if code == device::OK { request.used_len } else { 1 };
+            self.answer(&memory, head, used_len);
+        }
+        self.table.release(index);
+    }
+
+    fn answer(&mut self, snapshot: &MemorySnapshot, head: u16, used_len: u32) {
+        if let Err(error) = self.ring.add_used(&**snapshot, head, used_len) {
+            self.broken = true;
+            self.hangup.hang_up(&format_args!("'{}': cannot answer into the guest's ring: {error}", self.shared.id));
+        }
+        self.answered = true;
+    }
+
+    /// Tells the guest, once for all answers of the round, if it wants to be told.
+    fn signal(&mut self) {
+        if !std::mem::take(&mut self.answered) {
+            return;
+        }
+        match self.ring.needs_notification(&**self.snapshot) {
+            Ok(false) => {}
+            // If it cannot be read, one signal too many does no harm.
+            Ok(true) | Err(_) => self.notify_guest(),
+        }
+    }
+
+    fn notify_guest(&self) {
+        if let Some(call) = &self.call {
+            // Full means that the guest has not looked at the last 2^64 signals: it will see this one with them.
+            let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! A served disk: the device that a vhost-user session drives, and the node that backups run over.
+
+use super::inbox::{Inbox, Message};
+use super::queue::QueueThread;
+use crate::device::config::{ConfigSpace, Geometry, serial_bytes};
+use crate::device::request::{Bounds, ID_BYTES, Kind};
+use crate::disk::DiskFile;
+use crate::session::{Device, RingParts, RunningRing};
+use blkmark_backup::source::Source;
+use blkmark_bitmap::Tracker;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+/// I/O errors are logged up to this one, and then at every power of two: a dying disk must not fill the log.
+const LOGGED_ERRORS: u64 = 16;
+
+/// What all queue threads of a disk share.
+pub(super) struct Shared {
+    pub(super) id: String,
+    pub(super) disk: Arc<DiskFile>,
+    pub(super) tracker: Arc<Tracker>,
+    pub(super) bounds: Bounds,
+    pub(super) serial: [u8; ID_BYTES],
+    errors: AtomicU64,
+}
+
+impl Shared {
+    #[cold]
+    pub(super) fn log_error(&self, kind: Kind, offset: u64, len: u64, error: &io::Error) {
+        let count = self.errors.fetch_add(1, Ordering::Relaxed) + 1;
+        if count <= LOGGED_ERRORS || count.is_power_of_two() {
+            tracing::error!(disk = self.id, ?kind, offset, len, %error, count, "I/O error, reported to the guest");
+        }
+    }
+}
+
+/// One disk with its queues.
+pub struct ServedDisk {
+    shared: Arc<Shared>,
+    config: ConfigSpace,
+    queues: u16,
+    queue_size: u16,
+}
+
+impl ServedDisk {
+    /// Serves `disk` under the name `id` with `queues` queues of up to `queue_size` entries each.
+    pub fn new(id: &str, disk: Arc<DiskFile>, serial: &str, queues: u16, queue_size: u16) -> Self {
+        let capacity = disk.size();
+        let config = ConfigSpace::new(&Geometry {
+            capacity,
+            logical_block: disk.block(),
+            physical_block: disk.physical(),
+            discard_granularity: disk.physical(),
+            queues,
+            read_only: disk.read_only(),
+        });
+        let shared = Shared {
+            id: id.to_owned(),
+            tracker: Tracker::new(capacity, usize::from(queues), usize::from(queue_size)),
+            bounds: Bounds { capacity, read_only: disk.read_only() },
+            disk,
+            serial: serial_bytes(serial),
+            errors: AtomicU64::new(0),
+        };
+        Self { shared: Arc::new(shared), config, queues, queue_size }
+    }
+
+    /// Where its changes are marked.
+    pub fn tracker(&self) -> &Arc<Tracker> {
+        &self.shared.tracker
+    }
+
+    /// Its file.
+    pub fn disk(&self) -> &Arc<DiskFile> {
+        &self.shared.disk
+    }
+}
+
+impl Device for ServedDisk {
+    fn queues(&self) -> u16 {
+        self.queues
+    }
+
+    fn queue_size_max(&self) -> u16 {
+        self.queue_size
+    }
+
+    fn features(&self) -> u64 {
+        self.config.features()
+    }
+
+    fn config(&self, offset: u32, size: u32) -> Vec<u8> {
+        self.config.read(offset, size)
+    }
+
+    fn start(&self, parts: RingParts) -> io::Result<Box<dyn RunningRing>> {
+        require_eventfd(&parts.kick)?;
+        let index = usize::from(parts.index);
+        let lane = self.shared.tracker.lane(index);
+        let lane = lane.ok_or_else(|| io::Error::other(format!("queue {index} is still being served")))?;
+        let inbox = Arc::new(Inbox::new()?);
+        let (shared, inbox_there) = (Arc::clone(&self.shared), Arc::clone(&inbox));
+        let (started, answer) = std::sync::mpsc::sync_channel(1);
+        let next_avail = virtio_queue::QueueT::next_avail(&parts.queue);
+        let thread = std::thread::Builder::new().name(format!("{}-{index}", self.shared.id)).spawn(move || {
+            // The ring onto the disk is made by the thread that uses it: the kernel asks for that.
+            match QueueThread::new(shared, inbox_there, lane, parts) {
+                Ok(queue) => {
+                    let _ = started.send(Ok(()));
+                    queue.run()
+                }
+                Err(error) => {
+                    let _ = started.send(Err(error));
+                    next_avail
+                }
+            }
+        })?;
+        answer.recv().map_err(|_| io::Error::other("the queue thread died at its start"))??;
+        Ok(Box::new(Running { inbox, thread, next_avail }))
+    }
+}
+
+/// Watching something that is always ready would make the thread spin; only an eventfd is known not to be.
+fn require_eventfd(kick: &OwnedFd) -> io::Result<()> {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", kick.as_raw_fd()))?;
+    if link.as_os_str() == "anon_inode:[eventfd]" {
+        return Ok(());
+    }
+    Err(io::Error::new(
+        io::ErrorKind::InvalidInput,
+        format!("the kick descriptor is no eventfd but '{}'", link.display()),
+    ))
+}
+
+struct Running {
+    inbox: Arc<Inbox>,
+    thread: JoinHandle<u16>,
+    /// As it was at the start, in case the thread cannot tell any more.
+    next_avail: u16,
+}
+
+impl RunningRing for Running {
+    fn set_call(&self, call: Option<OwnedFd>) {
+        self.inbox.send(Message::Call(call));
+    }
+
+    fn set_enabled(&self, on: bool) {
+        self.inbox.send(Message::Enabled(on));
+    }
+
+    fn stop(self: Box<Self>) -> u16 {
+        self.inbox.send(Message::Stop);
+        self.thread.join().unwrap_or(self.next_avail)
+    }
+}
