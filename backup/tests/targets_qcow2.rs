@@ -319,6 +319,115 @@ fn a_big_disk_costs_little() {
     assert!(std::fs::metadata(&path).unwrap().len() < 8 * MIB);
 }
 
+#[test]
+fn images_that_qemu_made_are_continued() {
+    let dir = dir();
+    let size = 4 * MIB;
+    let cases: [&[&str]; 8] = [
+        &[],
+        &["-o", "cluster_size=512"],
+        &["-o", "cluster_size=2M"],
+        &["-o", "refcount_bits=1"],
+        &["-o", "refcount_bits=64"],
+        &["-o", "lazy_refcounts=on"],
+        &["-o", "preallocation=metadata"],
+        &["-o", "preallocation=falloc"],
+    ];
+    for options in cases {
+        let path = dir.path().join("x.qcow2");
+        let mut args = vec!["create", "-f", "qcow2"];
+        args.extend(options);
+        args.extend([s(&path), "4M"]);
+        ok("qemu-img", &args);
+        ok("qemu-io", &["-f", "qcow2", "-c", "write -P 5 100k 1M", s(&path)]);
+        ok("qemu-io", &["-f", "qcow2", "-c", "write -z 200k 64k", s(&path)]);
+        let odd = ["cluster_size=2M", "refcount_bits=1", "preallocation"];
+        if !odd.iter().any(|odd| options.iter().any(|o| o.starts_with(odd))) {
+            // (Compressed clusters share a host cluster, which one bit cannot count.)
+            ok("qemu-io", &["-f", "qcow2", "-c", "write -c -P 6 2M 64k", s(&path)]);
+            ok("qemu-io", &["-f", "qcow2", "-c", "write -c -P 7 2112k 64k", s(&path)]);
+        }
+        let mut expected = qemu_reads(&path, "qcow2");
+
+        let target = target::open(&path, Format::Qcow2, &Policy::default()).unwrap();
+        assert_eq!(target.size(), size);
+        for (seed, offset, len) in [(1, 0, 70_000), (2, 150_000, 300_000), (3, 2 << 20, 5000)] {
+            let data = pattern(seed, len);
+            target.write_at(&data, offset).unwrap();
+            expected[offset as usize..][..len].copy_from_slice(&data);
+        }
+        target.write_zeroes_at(MIB, 70_001).unwrap();
+        expected[MIB as usize..][..70_001].fill(0);
+        target.conclude().unwrap();
+        drop(target);
+        check_clean(&path);
+        assert!(qemu_reads(&path, "qcow2") == expected, "{options:?}");
+    }
+}
+
+#[test]
+fn bitmaps_of_others_are_declared_inconsistent_and_not_believed() {
+    let dir = dir();
+    let path = dir.path().join("x.qcow2");
+    ok("qemu-img", &["create", "-f", "qcow2", s(&path), "4M"]);
+    ok("qemu-img", &["bitmap", "--add", "--enable", s(&path), "theirs"]);
+    let target = target::open(&path, Format::Qcow2, &Policy::default()).unwrap();
+    target.write_at(&pattern(1, 70_000), MIB).unwrap();
+    target.conclude().unwrap();
+    drop(target);
+    let info = ok("qemu-img", &["info", "-f", "qcow2", s(&path)]);
+    assert!(!info.contains("theirs"), "{info}");
+    // The space that it took is lost until repaired; there is no error beyond that.
+    let report = ok("qemu-img", &["check", "-r", "leaks", "-f", "qcow2", s(&path)]);
+    assert!(report.contains("No errors were found"), "{report}");
+    assert!(qemu_reads(&path, "qcow2")[1 << 20..][..70_000] == pattern(1, 70_000));
+}
+
+#[test]
+fn an_image_whose_refcounts_lie_is_not_written() {
+    let dir = dir();
+    let path = dir.path().join("x.qcow2");
+    ok("qemu-img", &["create", "-f", "qcow2", s(&path), "4M"]);
+    ok("qemu-io", &["-f", "qcow2", "-c", "write -P 5 0 1M", s(&path)]);
+    let good = std::fs::read(&path).unwrap();
+    let be64 = |at: usize| u64::from_be_bytes(good[at..at + 8].try_into().unwrap()) as usize;
+    let offset = |at: usize| be64(at) & 0x00ff_ffff_ffff_fe00;
+    let (reftable, l1) = (be64(48), be64(40));
+    let (block, l2) = (offset(reftable), offset(l1));
+    let data = offset(l2) / 65536;
+    let far = (0xffff_0000_0000u64 | 1 << 63).to_be_bytes();
+    let cases: [(usize, &[u8]); 8] = [
+        // No count for the header, for a data cluster, for anything.
+        (block, &[0, 0]),
+        (block + 2 * data, &[0, 0]),
+        (reftable, &[0; 8]),
+        // A refcount block in the header; two owners of a data cluster; far outside; askew.
+        (reftable, &[0; 7]),
+        (l2 + 8, &good[l2..l2 + 8]),
+        (l2, &far),
+        (l1, &far),
+        (l2 + 6, &[0x0e]),
+    ];
+    for (at, bytes) in cases {
+        let mut bad = good.clone();
+        bad[at..at + bytes.len()].copy_from_slice(bytes);
+        if bytes == [0; 7] {
+            bad[at + 5] = 0;
+        }
+        if bad == good {
+            continue;
+        }
+        std::fs::write(&path, &bad).unwrap();
+        let e = refusal(target::open(&path, Format::Qcow2, &Policy::default()));
+        assert!(e.to_string().contains("qemu-img check"), "byte {at}: {e}");
+        assert!(std::fs::read(&path).unwrap() == bad);
+    }
+    std::fs::write(&path, &good).unwrap();
+    ok("qemu-img", &["snapshot", "-c", "s", s(&path)]);
+    let e = refusal(target::open(&path, Format::Qcow2, &Policy::default()));
+    assert!(e.to_string().contains("internal snapshots"), "{e}");
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Write(u64, usize, u64),

@@ -33,6 +33,18 @@ pub(super) struct Header {
     pub size: u64,
     /// Cluster size in bytes.
     pub cluster_size: u64,
+    /// Where the active L1 table stands.
+    pub l1_offset: u64,
+    /// Entries of it.
+    pub l1_entries: u64,
+    /// Where the refcount table stands.
+    pub reftable_offset: u64,
+    /// Clusters that it takes.
+    pub reftable_clusters: u64,
+    /// Logarithm of the width of a refcount in bits.
+    pub refcount_order: u32,
+    /// Internal snapshots.
+    pub snapshots: u32,
 }
 
 /// Reads and judges the header. The inner error is the reason for a refusal.
@@ -76,7 +88,20 @@ fn judge(raw: &[u8; LENGTH], access: Access) -> Result<Header, String> {
     if size.div_ceil(cluster_size * (cluster_size / 8)) > l1_entries {
         return Err("L1 table is too small".into());
     }
-    Ok(Header { size, cluster_size })
+    let refcount_order = if version == 3 { be32(raw, 96) } else { 4 };
+    if refcount_order > 6 {
+        return Err(format!("Unsupported refcount width: 2^{refcount_order}"));
+    }
+    Ok(Header {
+        size,
+        cluster_size,
+        l1_offset: be64(raw, 40),
+        l1_entries,
+        reftable_offset: be64(raw, 48),
+        reftable_clusters,
+        refcount_order,
+        snapshots: be32(raw, 60),
+    })
 }
 
 fn refuse_features(features: u64, access: Access) -> Result<(), String> {

@@ -3,13 +3,14 @@
 //! Jobs make targets with [`create`] (`drive-backup`) or [`open`] (`mode: existing`, `blockdev-add`), the copy engine
 //! writes them, and the job concludes them. Nothing here knows of bitmaps, points in time or QMP. Rooms: `place` (paths
 //! to descriptors, links refused), `draft` (files that vanish unless kept), `bytes` (whole reads, writes and zeroing of a descriptor), `raw`, `qcow2` (through
-//! `imago`, with `storage` and `header` beneath it), `image` (reading chains, flattening them).
+//! `imago`, with `storage`, `header` and `check` beneath it), `image` (reading chains, flattening them).
 //!
 //! Invariants: a refused creation leaves nothing behind and an existing file as it was; a target is never a file that
 //! the caller forbids, under whatever name; an error that the kernel gave keeps its `raw_os_error`; a failed fsync is
 //! never retried and trusted; a qcow2 that was not concluded is refused by everyone.
 
 mod bytes;
+mod check;
 mod draft;
 mod header;
 pub mod image;

@@ -9,10 +9,12 @@
 //! - Errors lose their errno: `storage::keeping_errno` gives it back.
 //! - Opening for writing drops foreign bitmaps (auto-clear features) from the header; encrypted images open without a
 //!   check, extended L2 and external data files are unsupported: `header` refuses what must not get that far.
+//! - It believes the refcounts of an existing image: `check` follows every reference before it may write.
 //! - Nothing is opened implicitly: the gate denies, and the backing chain is opened by `image` under the policy.
 //! - A range that is no whole cluster is completed from the backing image, zeroes past its end.
 
 use super::bytes::check_range;
+use super::check;
 use super::draft::Draft;
 use super::header::{self, Access};
 use super::image::{Image, backing_of, beside, plain_name};
@@ -29,6 +31,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 const DEFAULT_CLUSTER: u64 = 64 * 1024;
 /// Longest backing file name that a header can hold.
 const MAX_BACKING_NAME: usize = 1023;
+
+struct Geometry {
+    size: u64,
+    cluster_size: u64,
+}
 
 struct Writer {
     access: FormatAccess<ImageFile>,
@@ -92,8 +99,8 @@ impl Qcow2Target {
         let mut writer = Writer { access, marked: true, displaced: None };
         writer.name_mark(&image).map_err(failed)?;
         keeping_errno(|| writer.access.flush()).map_err(failed)?;
-        let header = header::Header { size: options.size, cluster_size };
-        Ok(Self::new(writer, image, draft, header, reads_zero, path, chain))
+        let geometry = Geometry { size: options.size, cluster_size };
+        Ok(Self::new(writer, image, draft, geometry, reads_zero, path, chain))
     }
 
     /// Opens an existing image; it is marked at the first write.
@@ -103,6 +110,7 @@ impl Qcow2Target {
         let header = header::examine(&draft.bytes, Access::Write)
             .map_err(failed)?
             .map_err(|reason| TargetError::refused(path, reason))?;
+        check::check(&draft.bytes, &header).map_err(failed)?.map_err(|reason| TargetError::refused(path, reason))?;
         let image = ImageBytes::new(Arc::clone(&draft.bytes), false);
         let name = path.display().to_string();
 
@@ -126,14 +134,15 @@ impl Qcow2Target {
         qcow2.set_backing(below);
         let access = FormatAccess::new(qcow2);
         let writer = Writer { access, marked: false, displaced: None };
-        Ok(Self::new(writer, image, draft, header, false, path, chain))
+        let geometry = Geometry { size: header.size, cluster_size: header.cluster_size };
+        Ok(Self::new(writer, image, draft, geometry, false, path, chain))
     }
 
     fn new(
         writer: Writer,
         image: Arc<ImageBytes>,
         mut draft: Draft,
-        header: header::Header,
+        geometry: Geometry,
         reads_zero: bool,
         path: &Path,
         chain: Vec<FileId>,
@@ -145,8 +154,8 @@ impl Qcow2Target {
             writer: Mutex::new(writer),
             image,
             draft,
-            size: header.size,
-            cluster_size: header.cluster_size,
+            size: geometry.size,
+            cluster_size: geometry.cluster_size,
             reads_zero,
             path: path.to_owned(),
             ids,

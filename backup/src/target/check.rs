@@ -1,0 +1,187 @@
+//! Whether an existing qcow2 may be written at all: a check of its metadata, without repair.
+//!
+//! Called once when a target is opened. `imago` believes the refcounts: over an image whose counts are too low it
+//! allocates clusters that are in use, the header among them, and recurses without end where a refcount block is
+//! missing. So every reference in the image is followed first, and the image is refused unless each cluster in use is
+//! counted, lies in the file, and has one owner (compressed clusters may share one). Clusters that are counted but not
+//! used are harmless. The work is proportional to the metadata, as for `qemu-img check`.
+
+use super::bytes::Bytes;
+use super::header::Header;
+use std::io;
+
+/// An offset in a table entry: bits 9 to 55.
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+const COMPRESSED: u64 = 1 << 62;
+/// 16 TiB in clusters of 64 KiB, and a quarter of a gigabyte to remember them (if all are touched).
+const MAX_CLUSTERS: u64 = 1 << 28;
+
+/// In the table of uses: the cluster belongs to one owner alone. The other bits count compressed users.
+const EXCLUSIVE: u8 = 0x80;
+const MOST: u8 = 0x7f;
+
+enum Fault {
+    Io(io::Error),
+    Damaged(String),
+}
+
+impl From<io::Error> for Fault {
+    fn from(e: io::Error) -> Self {
+        Fault::Io(e)
+    }
+}
+
+fn damaged<T>(what: String) -> Result<T, Fault> {
+    Err(Fault::Damaged(format!("{what}; see 'qemu-img check'")))
+}
+
+struct Check<'a> {
+    bytes: &'a Bytes,
+    header: &'a Header,
+    uses: Vec<u8>,
+}
+
+/// The inner error is the reason for a refusal.
+pub(super) fn check(bytes: &Bytes, header: &Header) -> io::Result<Result<(), String>> {
+    match check_all(bytes, header) {
+        Ok(()) => Ok(Ok(())),
+        Err(Fault::Io(e)) => Err(e),
+        Err(Fault::Damaged(reason)) => Ok(Err(reason)),
+    }
+}
+
+fn check_all(bytes: &Bytes, header: &Header) -> Result<(), Fault> {
+    if header.snapshots > 0 {
+        return Err(Fault::Damaged("Images with internal snapshots are not supported".into()));
+    }
+    let clusters = bytes.len()?.div_ceil(header.cluster_size);
+    if clusters > MAX_CLUSTERS {
+        return Err(Fault::Damaged("Image file is too long to be checked".into()));
+    }
+    let mut check = Check { bytes, header, uses: vec![0; clusters as usize] };
+    check.own(0, 1, "header")?;
+    let l1_clusters = (header.l1_entries * 8).div_ceil(header.cluster_size);
+    check.own(header.l1_offset, l1_clusters, "L1 table")?;
+    check.own(header.reftable_offset, header.reftable_clusters, "refcount table")?;
+    let blocks = check.table(header.reftable_offset, header.reftable_clusters * header.cluster_size / 8)?;
+    for entry in blocks.iter().filter(|entry| **entry != 0) {
+        check.own(*entry, 1, "refcount block")?;
+    }
+    for entry in check.table(header.l1_offset, header.l1_entries)? {
+        if entry & OFFSET != 0 {
+            check.own(entry & OFFSET, 1, "L2 table")?;
+            for entry in check.table(entry & OFFSET, header.cluster_size / 8)? {
+                check.data(entry)?;
+            }
+        }
+    }
+    check.counted(&blocks)
+}
+
+impl Check<'_> {
+    fn table(&self, offset: u64, entries: u64) -> Result<Vec<u64>, Fault> {
+        let mut raw = vec![0; (entries * 8) as usize];
+        self.bytes.read_at(&mut raw, offset)?;
+        let entry = |bytes: &[u8; 8]| u64::from_be_bytes(*bytes);
+        Ok(raw.as_chunks::<8>().0.iter().map(entry).collect())
+    }
+
+    /// Notes an exclusive use.
+    fn own(&mut self, offset: u64, clusters: u64, what: &str) -> Result<(), Fault> {
+        if !offset.is_multiple_of(self.header.cluster_size) {
+            return damaged(format!("A {what} is not aligned: {offset:#x}"));
+        }
+        let first = offset / self.header.cluster_size;
+        for cluster in first..first + clusters {
+            match self.uses.get_mut(cluster as usize) {
+                Some(uses) if *uses == 0 => *uses = EXCLUSIVE,
+                Some(_) => return damaged(format!("A {what} overlaps something: {offset:#x}")),
+                None => return damaged(format!("A {what} lies outside of the file: {offset:#x}")),
+            }
+        }
+        Ok(())
+    }
+
+    fn data(&mut self, entry: u64) -> Result<(), Fault> {
+        if entry & COMPRESSED == 0 {
+            return match entry & OFFSET {
+                0 => Ok(()),
+                offset => self.own(offset, 1, "data cluster"),
+            };
+        }
+        let shift = 62 - (self.header.cluster_size.trailing_zeros() - 8);
+        let offset = entry & ((1 << shift) - 1);
+        let sectors = ((entry & (COMPRESSED - 1)) >> shift) + 1;
+        let end = (offset & !511) + sectors * 512;
+        // The last sectors of the last cluster need not be there.
+        let last = (end - 1) / self.header.cluster_size;
+        for cluster in offset / self.header.cluster_size..=last {
+            match self.uses.get_mut(cluster as usize) {
+                Some(uses) if *uses & EXCLUSIVE == 0 => *uses = (*uses + 1).min(MOST),
+                Some(_) => {
+                    return damaged(format!("A compressed cluster overlaps something: {offset:#x}"));
+                }
+                None => {
+                    let what = "A compressed cluster lies outside of the file";
+                    return damaged(format!("{what}: {offset:#x}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Every cluster in use has a refcount that covers its uses.
+    fn counted(&self, blocks: &[u64]) -> Result<(), Fault> {
+        let per_block = (self.header.cluster_size << 3 >> self.header.refcount_order) as usize;
+        let mut raw = vec![0; self.header.cluster_size as usize];
+        for (index, uses) in self.uses.chunks(per_block).enumerate() {
+            if uses.iter().all(|uses| *uses == 0) {
+                continue;
+            }
+            match blocks.get(index) {
+                Some(offset) if *offset != 0 => self.bytes.read_at(&mut raw, *offset)?,
+                _ => raw.fill(0),
+            }
+            for (i, uses) in uses.iter().enumerate() {
+                let needed = if *uses == EXCLUSIVE { 1 } else { u64::from(*uses) };
+                if refcount(&raw, i, self.header.refcount_order) < needed {
+                    let cluster = index * per_block + i;
+                    return damaged(format!("The refcount of cluster {cluster} is too low"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Refcounts are big-endian, and those of less than a byte fill it from its low bits.
+fn refcount(block: &[u8], index: usize, order: u32) -> u64 {
+    match order {
+        0..=2 => {
+            let bits = 1 << order;
+            let per_byte = 8 / bits;
+            let byte = block[index / per_byte] >> (index % per_byte * bits);
+            u64::from(byte) & ((1 << bits) - 1)
+        }
+        _ => {
+            let width = 1 << (order - 3);
+            let bytes = &block[index * width..][..width];
+            bytes.iter().fold(0, |count, byte| count << 8 | u64::from(*byte))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refcounts_of_every_width_are_read() {
+        assert_eq!([0, 1, 2, 7].map(|i| refcount(&[0b1000_0101], i, 0)), [1, 0, 1, 1]);
+        assert_eq!([0, 1, 2, 3].map(|i| refcount(&[0b1101_1000], i, 1)), [0, 2, 1, 3]);
+        assert_eq!([0, 1].map(|i| refcount(&[0x5a], i, 2)), [0xa, 5]);
+        assert_eq!([0, 1].map(|i| refcount(&[7, 9], i, 3)), [7, 9]);
+        assert_eq!([0, 1].map(|i| refcount(&[1, 2, 3, 4], i, 4)), [0x102, 0x304]);
+        assert_eq!(refcount(&[0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 6], 1, 6), 0x1_0000_0006);
+    }
+}
