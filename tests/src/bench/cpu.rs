@@ -1,0 +1,124 @@
+//! Processor time and processor affinity: what the benchmark asks of the kernel.
+
+use std::io;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+/// Processor time that a process has used so far, user and system, all its threads together (io_uring workers and
+/// threads that have ended included), to the nanosecond.
+pub fn process_time(pid: u32) -> Result<Duration> {
+    let pid = libc::pid_t::try_from(pid).context("no such process id")?;
+    let mut clock = 0;
+    // SAFETY: the call writes one clock id to a valid place.
+    let errno = unsafe { libc::clock_getcpuclockid(pid, &mut clock) };
+    if errno != 0 {
+        return Err(io::Error::from_raw_os_error(errno)).context("cannot find the server's processor clock");
+    }
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call writes one timespec to a valid place.
+    if unsafe { libc::clock_gettime(clock, &mut time) } != 0 {
+        return Err(io::Error::last_os_error()).context("cannot read the server's processor clock");
+    }
+    let (Ok(seconds), Ok(nanos)) = (u64::try_from(time.tv_sec), u32::try_from(time.tv_nsec)) else {
+        bail!("the server's processor clock runs backwards");
+    };
+    Ok(Duration::new(seconds, nanos))
+}
+
+/// A list of processors, as `0` or `0,2`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cpus(Vec<usize>);
+
+impl Cpus {
+    fn parse(text: &str) -> Result<Self> {
+        let list = text
+            .split(',')
+            .map(|part| part.parse::<usize>().with_context(|| format!("`{part}` is no processor number")))
+            .collect::<Result<Vec<_>>>()?;
+        if let Some(beyond) = list.iter().find(|&&cpu| cpu >= CpuSet::MAX_CPU) {
+            bail!("there is no processor {beyond}");
+        }
+        Ok(Cpus(list))
+    }
+
+    fn set(&self) -> CpuSet {
+        let mut set = CpuSet::new();
+        for &cpu in &self.0 {
+            set.set(cpu);
+        }
+        set
+    }
+
+    /// The processor of the `index`th thread.
+    pub fn one(&self, index: usize) -> Cpus {
+        Cpus(self.0.get(index % self.0.len().max(1)).copied().into_iter().collect())
+    }
+
+    /// Ties the calling thread to these processors.
+    pub fn pin_thread(&self) -> Result<()> {
+        sched_setaffinity(None, &self.set()).with_context(|| format!("cannot pin to processors {:?}", self.0))
+    }
+
+    /// Runs `start` on these processors, so that a process it starts stays on them, and returns to where it was.
+    pub fn pin_child<T>(&self, start: impl FnOnce() -> Result<T>) -> Result<T> {
+        let before = sched_getaffinity(None).context("cannot read the processor affinity")?;
+        self.pin_thread()?;
+        let started = start();
+        sched_setaffinity(None, &before).context("cannot restore the processor affinity")?;
+        started
+    }
+}
+
+/// `--pin SERVER:GUEST`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pin {
+    /// Where the server runs.
+    pub server: Cpus,
+    /// Where the guest's threads run, one each, in turn.
+    pub guest: Cpus,
+}
+
+impl std::str::FromStr for Pin {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let Some((server, guest)) = text.split_once(':') else {
+            bail!("give processors of the server and of the guest, as 0:1 or 0,1:2,3");
+        };
+        let pin = Pin { server: Cpus::parse(server)?, guest: Cpus::parse(guest)? };
+        let here = sched_getaffinity(None).context("cannot read the processor affinity")?;
+        for &cpu in pin.server.0.iter().chain(&pin.guest.0) {
+            if !here.is_set(cpu) {
+                bail!("processor {cpu} does not exist or may not be used");
+            }
+        }
+        Ok(pin)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processor_time_moves_with_work() {
+        let before = process_time(std::process::id()).unwrap();
+        let mut x = 1u64;
+        while process_time(std::process::id()).unwrap() < before + Duration::from_millis(2) {
+            x = std::hint::black_box(x.wrapping_mul(3));
+        }
+        assert!(process_time(0x7fff_fff0).is_err());
+    }
+
+    #[test]
+    fn pin_says_what_is_wrong() {
+        let error = |text: &str| text.parse::<Pin>().unwrap_err().to_string();
+        assert!("0:0".parse::<Pin>().is_ok());
+        assert!(error("0").contains("as 0:1"));
+        assert!(error("a:0").contains("`a` is no processor number"));
+        assert!(error("0:1023").contains("processor 1023"));
+        assert!(error("0:99999").contains("there is no processor 99999"));
+    }
+}

@@ -1,0 +1,71 @@
+//! The benchmark: `blkmark serve` and `qemu-storage-daemon` side by side on the same disk in one run.
+//!
+//! Only ratios of figures taken minutes apart on the same machine mean anything, so every cell (a pattern, a block
+//! size, a depth, a number of queues) runs all contenders one after the other, in an order that rotates from round to
+//! round, and a ratio is taken within its round before the median is. `bin/bench.rs` is the command;
+//! `docs/performance.md` says how to repeat it.
+
+pub mod cell;
+pub mod cpu;
+pub mod load;
+pub mod options;
+pub mod report;
+pub mod server;
+pub mod target;
+
+use std::io::IsTerminal;
+
+use anyhow::{Context, Result};
+
+use cell::Cell;
+use options::Options;
+use report::{CellReport, Row};
+use server::{Contender, Server};
+use target::Target;
+
+/// Runs everything that the options ask for; one report a cell and target.
+pub fn run(options: &Options) -> Result<Vec<CellReport>> {
+    let cells = options.cells()?;
+    let contenders = options.contenders()?;
+    let targets = options.targets()?;
+    let runs = targets.len() * cells.len() * contenders.len() * options.rounds();
+    let seconds = (options.seconds() + options.warmup) * runs as f64;
+    eprintln!("{runs} runs, at least {seconds:.0} s");
+    let mut reports = Vec::new();
+    for place in targets {
+        let target = Target::prepare(&place, options)?;
+        for cell in &cells {
+            reports.push(run_cell(options, &target, cell, &contenders)?);
+        }
+    }
+    Ok(reports)
+}
+
+fn run_cell(options: &Options, target: &Target, cell: &Cell, contenders: &[Contender]) -> Result<CellReport> {
+    let mut rows: Vec<Row> = contenders.iter().map(|c| Row::new(c.clone())).collect();
+    let progress = std::io::stderr().is_terminal();
+    for round in 0..options.rounds() {
+        for turn in 0..contenders.len() {
+            let at = (turn + round) % contenders.len();
+            let contender = &contenders[at];
+            if progress {
+                eprint!("\r\x1b[K{} round {} {contender}", cell.name(), round + 1);
+            }
+            let sample = run_once(options, target, cell, contender)
+                .with_context(|| format!("{} with {contender} on {}", cell.name(), target.path().display()))?;
+            rows[at].samples.push(sample);
+        }
+    }
+    if progress {
+        eprint!("\r\x1b[K");
+    }
+    Ok(CellReport { target: target.name().to_owned(), cell: cell.clone(), rows })
+}
+
+fn run_once(options: &Options, target: &Target, cell: &Cell, contender: &Contender) -> Result<load::Sample> {
+    // What the last contender left in the page cache is written back at its expense, not at the next one's.
+    target.settle()?;
+    let mut server = Server::start(options, target, cell, contender)?;
+    let sample = load::run(options, target, cell, &mut server);
+    sample.with_context(|| server.log_tail())
+}

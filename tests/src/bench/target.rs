@@ -1,0 +1,133 @@
+//! The disk that is measured: a file of random bytes made for the run, or a file or device that the operator gives up.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use rustix::fs::{SeekFrom, seek};
+
+use super::options::Options;
+
+/// Where to measure.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Make a file in this folder.
+    Dir(PathBuf),
+    /// Use this file or block device.
+    File(PathBuf),
+}
+
+/// A disk ready to be served.
+pub struct Target {
+    name: String,
+    path: PathBuf,
+    file: File,
+    size: u64,
+    block_device: bool,
+    /// Removed with everything in it when the target goes.
+    _dir: Option<tempfile::TempDir>,
+}
+
+impl Target {
+    /// Makes or opens the disk.
+    pub fn prepare(place: &Place, options: &Options) -> Result<Self> {
+        match place {
+            Place::Dir(dir) => Self::make(dir, options),
+            Place::File(path) => Self::open(path, options),
+        }
+    }
+
+    fn make(dir: &Path, options: &Options) -> Result<Self> {
+        let size = options.size;
+        let folder = tempfile::Builder::new()
+            .prefix("blkmark-bench-")
+            .tempdir_in(dir)
+            .with_context(|| format!("cannot make a folder in {}", dir.display()))?;
+        let path = folder.path().join("disk.raw");
+        eprintln!("filling {} with {} MiB", path.display(), size >> 20);
+        let mut file = File::create_new(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        // Random bytes all over: holes and zeroes would be read without a disk.
+        let mut noise = vec![0; 4 << 20];
+        fill(&mut noise, 1);
+        let mut left = size;
+        while left > 0 {
+            let part = left.min(noise.len() as u64) as usize;
+            file.write_all(&noise[..part]).with_context(|| format!("cannot fill {}", path.display()))?;
+            left -= part as u64;
+        }
+        file.sync_all().with_context(|| format!("cannot sync {}", path.display()))?;
+        Ok(Target { name: dir.display().to_string(), path, file, size, block_device: false, _dir: Some(folder) })
+    }
+
+    fn open(path: &Path, options: &Options) -> Result<Self> {
+        let path = path.canonicalize().with_context(|| format!("cannot use {}", path.display()))?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .with_context(|| format!("cannot open {} for writing", path.display()))?;
+        let kind = file.metadata()?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            bail!("{} is neither a file nor a block device", path.display());
+        }
+        let whole = seek(&file, SeekFrom::End(0)).with_context(|| format!("cannot size {}", path.display()))?;
+        if whole > 0 && !options.overwrite {
+            bail!("{} has {whole} bytes, which the benchmark would overwrite: say --overwrite", path.display());
+        }
+        let size = if whole == 0 { 0 } else { whole.min(options.size) };
+        if size < options.least_size() {
+            bail!("{} has {whole} bytes: too few to measure on", path.display());
+        }
+        Ok(Target {
+            name: path.display().to_string(),
+            file,
+            size,
+            block_device: kind.is_block_device(),
+            path,
+            _dir: None,
+        })
+    }
+
+    /// What reports call it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The disk.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes that are measured, from the beginning.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Whether it is a block device.
+    pub fn is_block_device(&self) -> bool {
+        self.block_device
+    }
+
+    /// Writes back what is dirty.
+    pub fn settle(&self) -> Result<()> {
+        self.file.sync_data().with_context(|| format!("cannot sync {}", self.path.display()))
+    }
+}
+
+/// Fills `bytes` reproducibly with what no zero detection or compression takes for anything else than data.
+pub fn fill(bytes: &mut [u8], seed: u64) {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    for chunk in bytes.chunks_mut(8) {
+        chunk.copy_from_slice(&next_random(&mut state).to_le_bytes()[..chunk.len()]);
+    }
+}
+
+/// A step of xorshift64: quick, and random enough to pick blocks.
+pub fn next_random(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
