@@ -65,11 +65,20 @@ pub type Outcome = Result<Vec<u8>, i32>;
 impl BlkioClient {
     /// Connects to a back end's socket with some queues.
     pub fn connect(socket: &Path, queues: u16) -> Result<BlkioClient> {
+        Self::connect_within_limit(socket, queues, false)
+    }
+
+    /// Connects without the wish to write.
+    pub fn connect_read_only(socket: &Path, queues: u16) -> Result<BlkioClient> {
+        Self::connect_within_limit(socket, queues, true)
+    }
+
+    fn connect_within_limit(socket: &Path, queues: u16, read_only: bool) -> Result<BlkioClient> {
         let socket = socket.to_owned();
         let (sender, receiver) = mpsc::channel();
         std::thread::spawn(move || {
             // If nobody waits any more, there is nobody to tell.
-            let _ = sender.send(connect_unlimited(&socket, queues));
+            let _ = sender.send(connect_unlimited(&socket, queues, read_only));
         });
         match receiver.recv_timeout(GIVE_UP) {
             Ok(client) => client.context("blkio"),
@@ -168,10 +177,11 @@ impl BlkioClient {
     }
 }
 
-fn connect_unlimited(socket: &Path, queues: u16) -> Result<BlkioClient> {
+fn connect_unlimited(socket: &Path, queues: u16, read_only: bool) -> Result<BlkioClient> {
     let path = socket.to_str().context("a socket path that is no UTF-8")?;
     let mut blkio = Blkio::new("virtio-blk-vhost-user").map_err(of_blkio)?;
     blkio.set_str("path", path).map_err(of_blkio)?;
+    blkio.set_bool("read-only", read_only).map_err(of_blkio)?;
     blkio.connect().map_err(of_blkio)?;
     blkio.set_i32("num-queues", i32::from(queues)).map_err(of_blkio)?;
     let started = blkio.start().map_err(of_blkio)?;

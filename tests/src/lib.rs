@@ -4,14 +4,15 @@
 //! [`guest::Guest`] (Linux under QEMU) or another front end, write, give orders over [`qmp::Qmp`], compare. The tests
 //! live in `tests/tests/`, one file a promise. `qemu-storage-daemon` can stand where blkmark stands: it speaks the
 //! same two protocols, so what a test believes about them is checked against it.
-pub mod bench;
 //!
 //! Nothing here skips: what is missing on the machine ends a test at once with the name of the missing part.
 
+pub mod bench;
 pub mod blkio_client;
 pub mod daemon;
 pub mod ext4;
 pub mod guest;
+pub mod images;
 pub mod lab;
 pub mod process;
 pub mod qmp;

@@ -1,35 +1,22 @@
-//! A QMP client that knows nothing of blkmark: it is written from the protocol alone, so that client and server
-//! cannot agree on a mistake. It also drives `qemu-storage-daemon`.
+//! Orders on the control socket, as a test tells them: what has to succeed, what has to be refused, how a job ends.
+//!
+//! On top of the client that `blkmark`'s own commands use. That this client and the server do not agree on a mistake
+//! is what `clients_qmp.rs` sees to, with clients written by others, and that it also drives `qemu-storage-daemon`.
 
 use std::collections::VecDeque;
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
+use blkmark_backup::qmp::{Client, ClientError, Event, QmpError};
 use serde_json::{Value, json};
 
-use crate::process::{GIVE_UP, readable_until};
+use crate::process::GIVE_UP;
 
 /// A connected client past the negotiation.
-#[derive(Debug)]
 pub struct Qmp {
-    stream: UnixStream,
-    unread: Vec<u8>,
-    events: VecDeque<Value>,
-    next_id: u64,
-    /// What the server said on connect.
-    pub greeting: Value,
-}
-
-/// The server's `error` member.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct QmpError {
-    /// `GenericError`, `CommandNotFound`, ...
-    pub class: String,
-    /// The text people read.
-    pub desc: String,
+    client: Client,
+    /// Events that were passed over while another was awaited.
+    kept: VecDeque<Event>,
 }
 
 /// How a job ended.
@@ -46,128 +33,80 @@ pub enum JobEnd {
 impl Qmp {
     /// Connects, reads the greeting and negotiates.
     pub fn connect(socket: &Path) -> Result<Qmp> {
-        let stream = UnixStream::connect(socket).with_context(|| format!("cannot connect to {}", socket.display()))?;
-        let mut qmp = Qmp { stream, unread: Vec::new(), events: VecDeque::new(), next_id: 0, greeting: Value::Null };
-        qmp.greeting = qmp.read_value()?;
-        if qmp.greeting.get("QMP").is_none() {
-            bail!("no QMP greeting but {}", qmp.greeting);
-        }
-        qmp.run("qmp_capabilities", json!({}))?;
-        Ok(qmp)
+        let mut client = Client::connect(socket)?;
+        client.set_reply_limit(GIVE_UP);
+        Ok(Qmp { client, kept: VecDeque::new() })
     }
 
-    /// Sends a command and gives the server's answer: its `return`, or its `error`.
-    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Result<Value, QmpError>> {
-        self.next_id += 1;
-        let id = json!(format!("t{}", self.next_id));
-        let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string();
-        line.push_str("\r\n");
-        self.send_raw(line.as_bytes())?;
-        loop {
-            let value = self.read_value().with_context(|| format!("awaiting the answer to {command}"))?;
-            if value.get("event").is_some() {
-                self.events.push_back(value);
-                continue;
-            }
-            if value.get("id") != Some(&id) {
-                bail!("answer to another command than {id}: {value}");
-            }
-            if let Some(error) = value.get("error") {
-                let text = |key: &str| error[key].as_str().map(str::to_owned);
-                return match (text("class"), text("desc")) {
-                    (Some(class), Some(desc)) => Ok(Err(QmpError { class, desc })),
-                    _ => bail!("malformed error: {value}"),
-                };
-            }
-            return value.get("return").cloned().map(Ok).ok_or_else(|| anyhow!("neither return nor error: {value}"));
-        }
+    /// The client beneath, for what a well-behaved one does not send.
+    pub fn client(&mut self) -> &mut Client {
+        &mut self.client
     }
 
     /// A command that has to succeed.
     pub fn run(&mut self, command: &str, arguments: Value) -> Result<Value> {
-        self.execute(command, arguments.clone())?
-            .map_err(|error| anyhow!("{command} {arguments}: {}: {}", error.class, error.desc))
+        self.client.execute(command, arguments.clone()).with_context(|| format!("{command} {arguments}"))
     }
 
     /// A command that has to be refused.
     pub fn refused(&mut self, command: &str, arguments: Value) -> Result<QmpError> {
-        match self.execute(command, arguments.clone())? {
-            Err(error) => Ok(error),
+        match self.client.execute(command, arguments.clone()) {
+            Err(ClientError::Refused(error)) => Ok(error),
+            Err(error) => Err(error).with_context(|| format!("{command} {arguments}")),
             Ok(value) => bail!("{command} {arguments} was accepted: {value}"),
         }
     }
 
-    /// Bytes as they are, for what no well-behaved client sends.
-    pub fn send_raw(&mut self, bytes: &[u8]) -> Result<()> {
-        self.stream.write_all(bytes).context("cannot send to the control socket")
-    }
-
-    /// The next message, event or answer.
-    pub fn read_value(&mut self) -> Result<Value> {
-        let deadline = Instant::now() + GIVE_UP;
-        loop {
-            if let Some(end) = self.unread.iter().position(|&byte| byte == b'\n') {
-                let line: Vec<u8> = self.unread.drain(..=end).collect();
-                if line.iter().all(u8::is_ascii_whitespace) {
-                    continue;
-                }
-                return serde_json::from_slice(&line)
-                    .with_context(|| format!("not JSON: {}", String::from_utf8_lossy(&line)));
-            }
-            if !readable_until(&self.stream, deadline)? {
-                bail!("the control socket was silent for {GIVE_UP:?}");
-            }
-            let mut chunk = [0u8; 4096];
-            let length = self.stream.read(&mut chunk)?;
-            if length == 0 {
-                bail!("the control socket was closed");
-            }
-            self.unread.extend_from_slice(&chunk[..length]);
-        }
-    }
-
     /// The next event that `wanted` picks; the others stay for later.
-    pub fn event(&mut self, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
-        if let Some(at) = self.events.iter().position(&wanted)
-            && let Some(event) = self.events.remove(at)
+    pub fn event(&mut self, wanted: impl Fn(&Event) -> bool) -> Result<Event> {
+        if let Some(at) = self.kept.iter().position(&wanted)
+            && let Some(event) = self.kept.remove(at)
         {
             return Ok(event);
         }
-        loop {
-            let value = self.read_value()?;
-            if value.get("event").is_none() {
-                bail!("an answer nobody waits for: {value}");
+        let kept = &mut self.kept;
+        let event = self.client.wait_event(GIVE_UP, |event| {
+            let found = wanted(event);
+            if !found {
+                kept.push_back(event.clone());
             }
-            if wanted(&value) {
-                return Ok(value);
-            }
-            self.events.push_back(value);
-        }
+            found
+        })?;
+        event.with_context(|| format!("no such event within {GIVE_UP:?}; there were {:?}", self.kept))
     }
 
-    /// Waits until a backup job has ended.
+    /// Waits until a backup job has ended and is gone, so that the bitmap it used is free again.
     pub fn job_end(&mut self, job: &str) -> Result<JobEnd> {
-        let event = self.event(|event| {
-            matches!(event["event"].as_str(), Some("BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED"))
-                && event["data"]["device"] == job
+        let end = self
+            .event(|event| {
+                matches!(event.name.as_str(), "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED")
+                    && event.data["device"] == job
+            })
+            .with_context(|| format!("awaiting the end of job {job}"))?;
+        self.event(|event| {
+            event.name == "JOB_STATUS_CHANGE" && event.data["id"] == job && event.data["status"] == "null"
         })?;
-        if event["event"] == "BLOCK_JOB_CANCELLED" {
+        if end.name == "BLOCK_JOB_CANCELLED" {
             return Ok(JobEnd::Cancelled);
         }
-        Ok(match event["data"]["error"].as_str() {
+        Ok(match end.data["error"].as_str() {
             Some(error) => JobEnd::Failed(error.to_owned()),
             None => JobEnd::Completed,
         })
     }
 
-    /// Waits until a job is gone, so that the bitmap it used is free again; it has to have completed.
+    /// Waits for the end of a job that has to complete.
     pub fn job_completed(&mut self, job: &str) -> Result<()> {
-        let end = self.job_end(job)?;
-        self.event(|event| {
-            event["event"] == "JOB_STATUS_CHANGE" && event["data"]["id"] == job && event["data"]["status"] == "null"
-        })?;
-        match end {
+        match self.job_end(job)? {
             JobEnd::Completed => Ok(()),
+            other => bail!("job {job}: {other:?}"),
+        }
+    }
+
+    /// Waits for the end of a job that has to fail; its error.
+    pub fn job_failed(&mut self, job: &str) -> Result<String> {
+        match self.job_end(job)? {
+            JobEnd::Failed(error) => Ok(error),
             other => bail!("job {job}: {other:?}"),
         }
     }

@@ -72,11 +72,6 @@ pub fn run(command: &mut Command) -> Result<String> {
     Ok(answer.text)
 }
 
-/// `qemu-img` with arguments; it has to succeed.
-pub fn qemu_img<S: AsRef<std::ffi::OsStr>>(args: &[S]) -> Result<String> {
-    run(command("qemu-img")?.args(args))
-}
-
 /// Fails with one message that names every missing tool.
 pub fn require_all() -> Result<()> {
     let missing: Vec<String> = PACKAGES

@@ -17,9 +17,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use blkmark_tests::daemon::{Daemon, Kind};
 use blkmark_tests::guest::Guest;
-use blkmark_tests::lab::{Disk, Lab, MIB};
+use blkmark_tests::lab::{Lab, MIB};
 use blkmark_tests::qmp::Qmp;
-use blkmark_tests::{ext4, tools};
+use blkmark_tests::{ext4, images};
 use serde_json::{Value, json};
 
 /// One backup and what has to be in it.
@@ -67,7 +67,7 @@ fn a_chain_restores_each_instant(kind: Kind) -> Result<()> {
     for name in ["inc1", "inc2"] {
         write_on(&mut guest, 5)?;
         let image = lab.path(&format!("{name}.qcow2"));
-        create_on_top(&base, &image)?;
+        images::create_on_top(&base, "qcow2", &image)?;
         points.push(point(&mut guest, &image, || incremental(&mut qmp, name, &image))?);
         qmp.job_completed(name)?;
         base = image;
@@ -77,7 +77,7 @@ fn a_chain_restores_each_instant(kind: Kind) -> Result<()> {
     guest.assert_no_disk_errors()?;
     guest.poweroff()?;
     let last = lab.path("inc3.qcow2");
-    create_on_top(&base, &last)?;
+    images::create_on_top(&base, "qcow2", &last)?;
     incremental(&mut qmp, "inc3", &last)?;
     qmp.job_completed("inc3")?;
     let marks = qmp.bitmap("drive0", "b0")?;
@@ -87,11 +87,11 @@ fn a_chain_restores_each_instant(kind: Kind) -> Result<()> {
     daemon.stop()?;
 
     for point in &points {
-        tools::qemu_img(&["check".as_ref(), point.image.as_os_str()])?;
+        images::assert_sound(&point.image)?;
         check(&lab, point).with_context(|| format!("restored from {}", point.image.display()))?;
     }
-    tools::qemu_img(&["check".as_ref(), last.as_os_str()])?;
-    equals_disk(&last, &disk)?;
+    images::assert_sound(&last)?;
+    images::assert_equal(&last, &disk.path)?;
     ext4::assert_clean(&disk.path)?;
     Ok(())
 }
@@ -130,12 +130,6 @@ fn point(guest: &mut Guest, image: &Path, order: impl FnOnce() -> Result<Value>)
     Ok(Point { image: image.to_owned(), safe_before, begun_after })
 }
 
-fn create_on_top(base: &Path, image: &Path) -> Result<()> {
-    let args = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"];
-    tools::run(tools::command("qemu-img")?.args(args).arg(base).arg(image))?;
-    Ok(())
-}
-
 fn incremental(qmp: &mut Qmp, job: &str, image: &Path) -> Result<Value> {
     qmp.run(
         "drive-backup",
@@ -148,8 +142,7 @@ fn incremental(qmp: &mut Qmp, job: &str, image: &Path) -> Result<Value> {
 
 fn check(lab: &Lab, point: &Point) -> Result<()> {
     let name = point.image.file_stem().unwrap_or_default().to_string_lossy();
-    let raw = lab.path(&format!("{name}.restored"));
-    tools::run(tools::command("qemu-img")?.args(["convert", "-O", "raw"]).arg(&point.image).arg(&raw))?;
+    let raw = images::restore(&point.image)?;
     ext4::assert_crash_consistent(&raw)?;
     let files = ext4::extract(lab, &raw, &format!("{name}.files"))?;
     let counter: u64 = fs::read_to_string(files.join("counter"))?.trim().parse()?;
@@ -168,9 +161,4 @@ fn check(lab: &Lab, point: &Point) -> Result<()> {
 
 fn content(n: u64) -> Vec<u8> {
     format!("content of file {n}\n").bytes().cycle().take((n % 16 * 4096 + 4096) as usize).collect()
-}
-
-fn equals_disk(image: &Path, disk: &Disk) -> Result<()> {
-    tools::run(tools::command("qemu-img")?.args(["compare", "-f", "qcow2", "-F", "raw"]).arg(image).arg(&disk.path))?;
-    Ok(())
 }
