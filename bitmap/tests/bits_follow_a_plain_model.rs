@@ -1,0 +1,135 @@
+//! Promise: bits of any granularity say exactly what a plain list of dirty bytes says, rounded outward.
+#![cfg(not(any(loom, shuttle)))]
+
+use blkmark_bitmap::{Bits, ByteRange, Granularity, LiveMap};
+use proptest::prelude::*;
+use std::collections::BTreeSet;
+
+/// The model: a set of dirty units of 512 bytes; granules are derived from it.
+fn granules(ranges: &[ByteRange], granularity: Granularity, size: u64) -> BTreeSet<u64> {
+    let mut dirty = BTreeSet::new();
+    for range in ranges {
+        let end = range.end().min(size);
+        let mut byte = range.start();
+        while byte < end {
+            dirty.insert(byte / granularity.bytes());
+            byte = (byte / granularity.bytes() + 1) * granularity.bytes();
+        }
+    }
+    dirty
+}
+
+fn of_bits(bits: &Bits) -> BTreeSet<u64> {
+    let g = bits.granularity().bytes();
+    bits.runs().flat_map(|run| run.start() / g..run.end().div_ceil(g)).collect()
+}
+
+prop_compose! {
+    fn disk()(size in 1u64..4_000_000, shift in 9u32..24, other in 9u32..24) -> (u64, Granularity, Granularity) {
+        (size, Granularity::new(1 << shift).unwrap(), Granularity::new(1 << other).unwrap())
+    }
+}
+
+fn ranges() -> impl Strategy<Value = Vec<ByteRange>> {
+    prop::collection::vec((0u64..5_000_000, 0u64..300_000).prop_map(|(start, len)| ByteRange::new(start, len)), 0..12)
+}
+
+proptest! {
+    #[test]
+    fn set_marks_what_it_touches_and_no_more((size, g, _) in disk(), ranges in ranges()) {
+        let mut bits = Bits::new(g, size);
+        let live = LiveMap::new(g, size);
+        for range in &ranges {
+            bits.set(*range);
+            live.mark(*range);
+        }
+        let model = granules(&ranges, g, size);
+        prop_assert_eq!(of_bits(&bits), model.clone());
+        prop_assert_eq!(bits.set_bits(), model.len() as u64);
+        prop_assert_eq!(bits.dirty_bytes(), model.len() as u64 * g.bytes());
+        prop_assert_eq!(bits.is_empty(), model.is_empty());
+        prop_assert_eq!(live.to_bits(), bits);
+    }
+
+    #[test]
+    fn runs_are_maximal_ascending_and_inside_the_disk((size, g, _) in disk(), ranges in ranges()) {
+        let mut bits = Bits::new(g, size);
+        ranges.iter().for_each(|range| bits.set(*range));
+        let mut last = None;
+        for run in bits.runs() {
+            prop_assert!(!run.is_empty() && run.end() <= size);
+            if let Some(last) = last {
+                prop_assert!(run.start() > last);
+            }
+            last = Some(run.end());
+        }
+    }
+
+    #[test]
+    fn any_and_all_agree_with_the_model((size, g, _) in disk(), ranges in ranges(), asked in ranges()) {
+        let mut bits = Bits::new(g, size);
+        let live = LiveMap::new(g, size);
+        for range in &ranges {
+            bits.set(*range);
+            live.mark(*range);
+        }
+        let model = granules(&ranges, g, size);
+        for ask in asked {
+            let touched = granules(&[ask], g, size);
+            prop_assert_eq!(bits.any(ask), touched.iter().any(|i| model.contains(i)));
+            prop_assert_eq!(live.any(ask), touched.iter().any(|i| model.contains(i)));
+            prop_assert_eq!(live.all(ask), touched.iter().all(|i| model.contains(i)));
+        }
+    }
+
+    #[test]
+    fn clear_takes_what_it_touches((size, g, _) in disk(), ranges in ranges(), gone in ranges()) {
+        let mut bits = Bits::new(g, size);
+        ranges.iter().for_each(|range| bits.set(*range));
+        gone.iter().for_each(|range| bits.clear(*range));
+        let left: BTreeSet<u64> =
+            granules(&ranges, g, size).difference(&granules(&gone, g, size)).copied().collect();
+        prop_assert_eq!(of_bits(&bits), left);
+    }
+
+    #[test]
+    fn union_over_granularities_rounds_outward((size, g, other) in disk(), ours in ranges(), theirs in ranges()) {
+        let mut bits = Bits::new(g, size);
+        ours.iter().for_each(|range| bits.set(*range));
+        let mut add = Bits::new(other, size);
+        theirs.iter().for_each(|range| add.set(*range));
+        let theirs: Vec<ByteRange> = add.runs().collect();
+        bits.union(&add);
+        let model: BTreeSet<u64> = granules(&ours, g, size).union(&granules(&theirs, g, size)).copied().collect();
+        prop_assert_eq!(of_bits(&bits), model);
+        let live = LiveMap::new(other, size);
+        theirs.iter().for_each(|range| live.mark(*range));
+        let mut folded = Bits::new(g, size);
+        live.fold_into(&mut folded);
+        prop_assert_eq!(folded, add.at(g));
+    }
+}
+
+#[test]
+fn granularity_is_a_power_of_two_from_512_to_2_gib() {
+    for shift in 0..64 {
+        assert_eq!(Granularity::new(1 << shift).is_some(), (9..=31).contains(&shift), "2^{shift}");
+        assert!(Granularity::new((1 << shift) + 1).is_none() || shift == 0);
+    }
+    assert!(Granularity::new(0).is_none());
+}
+
+/// What QEMU 10.0.2 answers to `x-debug-block-dirty-bitmap-sha256` for a 1 MiB disk at 64 KiB granularity: an empty
+/// bitmap, and one with the blocks at 64 KiB and 960 KiB dirty. See `tests/` for the same comparison made live.
+#[test]
+fn sha256_is_over_the_words_of_bits() {
+    let mut bits = Bits::new(Granularity::DEFAULT, 1 << 20);
+    assert_eq!(bits.sha256(), "af5570f5a1810b7af78caf4bc70a660f0df51e42baf91d4de5b2328de0e83dfc");
+    bits.set(ByteRange::new(65536, 1));
+    bits.set(ByteRange::new(983_040, 512));
+    let mut words = [0u8; 8];
+    words[..2].copy_from_slice(&0x8002u16.to_le_bytes());
+    use sha2::Digest;
+    let expect: String = sha2::Sha256::digest(words).iter().map(|b| format!("{b:02x}")).collect();
+    assert_eq!(bits.sha256(), expect);
+}
