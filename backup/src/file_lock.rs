@@ -119,7 +119,8 @@ pub fn lock_within(file: impl AsFd, mode: LockMode, patience: Duration) -> Resul
     }
 }
 
-/// Frees what [`lock`] took.
+/// Frees what [`lock`] took, at once, also where another process still has a copy of the descriptor: a child between
+/// fork and exec keeps the locks of every file that its parent has closed meanwhile.
 pub fn unlock(file: impl AsFd) -> io::Result<()> {
     let file = file.as_fd();
     for base in [USES_BASE, FORBIDS_BASE] {

@@ -39,7 +39,7 @@ fn a_disk_that_is_served_is_kept_from_writers_and_plain_readers() {
         ok("qemu-img", &["info", "-U", "-f", format, s(&disk)]);
         ok("qemu-img", &["compare", "-U", "-f", format, "-F", "raw", s(&disk), s(&other)]);
 
-        drop(file);
+        file_lock::unlock(&file).unwrap();
         ok("qemu-img", &["compare", "-f", format, "-F", "raw", s(&disk), s(&other)]);
         ok("qemu-io", &["-f", format, "-c", "write 0 512", s(&disk)]);
     }
@@ -128,4 +128,35 @@ fn a_target_is_locked_while_it_is_written_and_its_base_against_writers() {
     drop(target);
     ok("qemu-io", &["-f", "qcow2", "-c", "write 0 512", s(&path)]);
     ok("qemu-io", &["-f", "raw", "-c", "write 0 512", s(&base)]);
+}
+
+#[test]
+fn of_many_that_create_the_same_file_at_most_one_has_it_and_keeps_it() {
+    let dir = dir();
+    let path = dir.path().join("wanted");
+    for round in 0..100 {
+        let format = [Format::Raw, Format::Qcow2][round % 2];
+        let start = std::sync::Barrier::new(4);
+        let winners = std::sync::Mutex::new(Vec::new());
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    let options = CreateOptions { overwrite: true, ..CreateOptions::new(MIB) };
+                    start.wait();
+                    if let Ok(t) = target::create(&path, format, &options, &Policy::default()) {
+                        winners.lock().unwrap().push(t);
+                    }
+                });
+            }
+        });
+        let winners = winners.into_inner().unwrap();
+        assert!(winners.len() <= 1);
+        for winner in winners {
+            winner.write_at(&[7; 512], 0).unwrap();
+            winner.conclude().unwrap();
+            drop(winner);
+            assert!(qemu_reads(&path, format.name())[..512] == [7; 512]);
+        }
+        let _ = std::fs::remove_file(&path);
+    }
 }

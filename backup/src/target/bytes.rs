@@ -150,6 +150,14 @@ impl Bytes {
     }
 }
 
+impl Drop for Bytes {
+    fn drop(&mut self) {
+        // Closing is not enough while a child process, just forked, still has a copy of the descriptor. A failure
+        // leaves it to the closing.
+        let _ = crate::file_lock::unlock(&self.file);
+    }
+}
+
 /// Refuses a range that is not wholly inside `size`.
 pub(super) fn check_range(offset: u64, len: u64, size: u64) -> io::Result<()> {
     if len <= size && offset <= size - len {

@@ -33,8 +33,11 @@ impl Draft {
         let place = Place::find(path, policy).map_err(failed)?;
         let (file, created) = open_or_create(&place, overwrite).map_err(failed)?;
         let bytes = Arc::new(Bytes::new(file).map_err(failed)?);
-        let draft = Self { bytes, place, created, doomed: created };
-        claim(&draft.bytes, policy)?;
+        let mut draft = Self { bytes, place, created, doomed: created };
+        claim(&draft.bytes, policy).inspect_err(|e| {
+            // Whoever locked a file that was made just now has taken it over: it is theirs, and stays.
+            draft.doomed &= !matches!(e, TargetError::Locked(e) if e.is_conflict());
+        })?;
         if !created && draft.bytes.kind() == Kind::Regular {
             draft.bytes.file().set_len(0).map_err(failed)?;
         }

@@ -254,25 +254,72 @@ fn pour(
     progress(0, image.size);
     while at < image.size {
         let (status, len) = image.block_status(at, image.size - at).map_err(unreadable)?;
-        let len = match status {
-            BlockStatus::Hole => len,
-            BlockStatus::Data => {
-                let buf = &mut buf[..len.min(CHUNK as u64) as usize];
-                image.read_at(buf, at).map_err(unreadable)?;
-                let mut offset = at;
-                for unit in buf.chunks(ZERO_UNIT) {
-                    if unit.iter().any(|byte| *byte != 0) {
-                        target.write_at(unit, offset).map_err(unwritable)?;
-                        written += unit.len() as u64;
-                    }
-                    offset += unit.len() as u64;
-                }
-                buf.len() as u64
+        let end = at + len;
+        if status == BlockStatus::Hole {
+            at = end;
+            progress(at, image.size);
+        }
+        // The whole extent, before the next question: asking for holes costs a walk through the file's extents.
+        while at < end {
+            let buf = &mut buf[..(end - at).min(CHUNK as u64) as usize];
+            image.read_at(buf, at).map_err(unreadable)?;
+            for (offset, data) in data_runs(buf) {
+                target.write_at(data, at + offset as u64).map_err(unwritable)?;
+                written += data.len() as u64;
             }
-        };
-        at += len;
-        progress(at, image.size);
+            at += buf.len() as u64;
+            progress(at, image.size);
+        }
     }
     target.conclude().map_err(unwritable)?;
     Ok(written)
+}
+
+/// The parts that are not zero, in units of [`ZERO_UNIT`], neighbours together.
+fn data_runs(buf: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
+    let is_data = |at: usize| {
+        let unit = &buf[at..buf.len().min(at + ZERO_UNIT)];
+        unit.iter().any(|byte| *byte != 0)
+    };
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        while at < buf.len() && !is_data(at) {
+            at += ZERO_UNIT;
+        }
+        let start = at;
+        while at < buf.len() && is_data(at) {
+            at += ZERO_UNIT;
+        }
+        (start < buf.len()).then(|| (start, &buf[start..at.min(buf.len())]))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_all_that_is_not_zero() {
+        let runs = |buf: &[u8]| data_runs(buf).map(|(at, data)| (at, data.len())).collect::<Vec<_>>();
+        let mut buf = vec![0; 5 * ZERO_UNIT + 100];
+        assert_eq!(runs(&[]), []);
+        assert_eq!(runs(&buf), []);
+        buf[ZERO_UNIT] = 1;
+        buf[3 * ZERO_UNIT - 1] = 1;
+        assert_eq!(runs(&buf), [(ZERO_UNIT, 2 * ZERO_UNIT)]);
+        buf[5 * ZERO_UNIT + 99] = 1;
+        assert_eq!(runs(&buf), [(ZERO_UNIT, 2 * ZERO_UNIT), (5 * ZERO_UNIT, 100)]);
+        buf.fill(1);
+        assert_eq!(runs(&buf), [(0, buf.len())]);
+    }
+
+    #[test]
+    fn only_plain_file_names_are_backing_names() {
+        for good in ["a", "/a/b", "./a:b", "/a:b", "file:a", "../x"] {
+            assert!(plain_name(good).is_ok(), "{good}");
+        }
+        for bad in ["json:{}", "nbd://h/x", "a:b", "fat:rw:/x", "file:json:{}"] {
+            assert!(plain_name(bad).is_err(), "{bad}");
+        }
+    }
 }
