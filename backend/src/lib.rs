@@ -1,5 +1,6 @@
 //! stub
 pub mod frontend;
+pub mod config;
 pub mod device;
 pub mod memory;
 pub mod session;

@@ -1,0 +1,114 @@
+//! Single values: switches, numbers, sizes, names.
+
+use std::path::PathBuf;
+
+use super::error::ConfigError;
+
+fn bad(key: &str, value: &str, expected: &'static str) -> ConfigError {
+    ConfigError::BadValue { key: key.to_owned(), value: value.to_owned(), expected }
+}
+
+/// `on` or `off`.
+///
+/// # Errors
+/// [`ConfigError::BadValue`] for anything else.
+pub fn parse_switch(key: &str, value: &str) -> Result<bool, ConfigError> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(bad(key, value, "on or off")),
+    }
+}
+
+/// A size in bytes, with K, M, G or T for powers of 1024.
+///
+/// # Errors
+/// [`ConfigError::BadValue`] for anything else, for zero, and for more than 2^63-1.
+pub fn parse_size(key: &str, value: &str) -> Result<u64, ConfigError> {
+    let (digits, shift) = match value.char_indices().next_back() {
+        Some((at, 'k' | 'K')) => (&value[..at], 10),
+        Some((at, 'm' | 'M')) => (&value[..at], 20),
+        Some((at, 'g' | 'G')) => (&value[..at], 30),
+        Some((at, 't' | 'T')) => (&value[..at], 40),
+        _ => (value, 0),
+    };
+    number(digits)
+        .and_then(|n: u64| n.checked_mul(1 << shift))
+        .filter(|n| (1..=i64::MAX as u64).contains(n))
+        .ok_or_else(|| bad(key, value, "a size in bytes above zero, such as 512M or 10G"))
+}
+
+/// Decimal digits alone: no sign, no space.
+fn number<T: std::str::FromStr>(digits: &str) -> Option<T> {
+    let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+    plain.then(|| digits.parse().ok()).flatten()
+}
+
+pub(super) fn queues(key: &str, value: &str) -> Result<u16, ConfigError> {
+    number(value)
+        .filter(|n| (1..=super::disk::MAX_QUEUES).contains(n))
+        .ok_or_else(|| bad(key, value, "a number from 1 to 64"))
+}
+
+pub(super) fn queue_size(key: &str, value: &str) -> Result<u16, ConfigError> {
+    number(value)
+        .filter(|n: &u16| n.is_power_of_two() && *n <= super::disk::MAX_QUEUE_SIZE)
+        .ok_or_else(|| bad(key, value, "a power of two from 1 to 32768"))
+}
+
+pub(super) fn path(key: &str, value: &str) -> Result<PathBuf, ConfigError> {
+    if value.is_empty() || value.contains('\0') {
+        return Err(bad(key, value, "a path"));
+    }
+    Ok(PathBuf::from(value))
+}
+
+/// An id as QEMU takes it.
+pub(super) fn id(key: &str, value: &str) -> Result<String, ConfigError> {
+    let mut chars = value.chars();
+    let well_formed = chars.next().is_some_and(|c| c.is_ascii_alphabetic())
+        && chars.all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'));
+    if !well_formed {
+        let expected = "a letter, then letters, digits, '-', '.' and '_'";
+        return Err(bad(key, value, expected));
+    }
+    Ok(value.to_owned())
+}
+
+/// What a guest reads as the disk's serial number.
+pub(super) fn serial(key: &str, value: &str) -> Result<String, ConfigError> {
+    let fits = value.len() <= crate::device::request::ID_BYTES;
+    if !fits || value.chars().any(char::is_control) {
+        return Err(bad(key, value, "at most 20 bytes of text"));
+    }
+    Ok(value.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_suffixes_and_limits() {
+        let size = |v| parse_size("s", v).ok();
+        assert_eq!(size("1"), Some(1));
+        assert_eq!(size("4k"), Some(4096));
+        assert_eq!(size("512M"), Some(512 << 20));
+        assert_eq!(size("10G"), Some(10 << 30));
+        assert_eq!(size("2T"), Some(2 << 40));
+        let wrong = "0|0G|G|-1|+1|1.5G|1 G|10GB|9223372036854775808|16777216T|é||";
+        for text in wrong.split('|') {
+            assert_eq!(size(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn ids_are_those_of_qemu() {
+        for good in ["a", "drive0", "a-b.c_D9"] {
+            assert!(id("id", good).is_ok(), "{good}");
+        }
+        for wrong in ["", "0a", "-a", "a b", "a/b", "ä", "a,b"] {
+            assert!(id("id", wrong).is_err(), "{wrong}");
+        }
+    }
+}
