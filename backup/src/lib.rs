@@ -9,3 +9,5 @@ pub mod node;
 pub mod point;
 pub mod scratch;
 pub mod qmp;
+pub mod job;
+pub mod control;

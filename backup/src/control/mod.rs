@@ -1,0 +1,154 @@
+//! The commands: what the control socket (and the daemon's own clients) can ask for.
+//!
+//! `qmp` brings names and arguments, this room knows what they mean. Each command reads all of its arguments before it does
+//! anything; one that is refused leaves nothing behind. Rooms: `options` (members that several commands share),
+//! `nodes` (disks, and targets as nodes), `bitmaps`, `backup`, `transaction` (through which every change of bitmaps and
+//! every backup goes, alone or with others), `jobs`, `queries`.
+//!
+//! Invariant: every change of bitmaps or gates is one commit, made under the lock of the job registry; files are opened
+//! and created before that lock is taken.
+
+mod backup;
+mod bitmaps;
+mod claim;
+mod jobs;
+mod nodes;
+mod options;
+mod queries;
+mod transaction;
+
+use crate::job::{JobError, Jobs};
+use crate::node::Node;
+use crate::qmp::{Arguments, Commands, Events, QmpError};
+use crate::target::{Policy, TargetError};
+use blkmark_bitmap::BitmapError;
+use nodes::TargetNode;
+use serde_json::{Map, Value, json};
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// What the operator decides.
+pub struct Settings {
+    /// Directories that paths named by clients must lie beneath. Empty: anywhere that the daemon may write.
+    pub roots: Vec<PathBuf>,
+    /// Called by `quit`, once for each such command, on the thread of the client. It must not wait for the shutdown.
+    pub on_quit: Box<dyn Fn() + Send + Sync>,
+}
+
+/// The answer to commands, over a fixed set of served disks.
+pub struct Control {
+    disks: Vec<Arc<Node>>,
+    targets: Mutex<Vec<Arc<TargetNode>>>,
+    jobs: Arc<Jobs>,
+    events: Events,
+    settings: Settings,
+}
+
+type Handler = fn(&Control, Arguments) -> Result<Value, QmpError>;
+
+/// Every command that is served, in the order of `query-commands`.
+const COMMANDS: &[(&str, Handler)] = &[
+    ("block-dirty-bitmap-add", bitmaps::add),
+    ("block-dirty-bitmap-clear", bitmaps::clear),
+    ("block-dirty-bitmap-disable", bitmaps::disable),
+    ("block-dirty-bitmap-enable", bitmaps::enable),
+    ("block-dirty-bitmap-merge", bitmaps::merge),
+    ("block-dirty-bitmap-remove", bitmaps::remove),
+    ("block-job-cancel", jobs::block_cancel),
+    ("block-job-complete", jobs::block_complete),
+    ("block-job-dismiss", jobs::block_dismiss),
+    ("block-job-finalize", jobs::block_finalize),
+    ("block-job-pause", jobs::block_pause),
+    ("block-job-resume", jobs::block_resume),
+    ("block-job-set-speed", jobs::block_set_speed),
+    ("blockdev-add", nodes::add),
+    ("blockdev-backup", backup::blockdev_backup),
+    ("blockdev-del", nodes::delete),
+    ("drive-backup", backup::drive_backup),
+    ("job-cancel", jobs::cancel),
+    ("job-complete", jobs::complete),
+    ("job-dismiss", jobs::dismiss),
+    ("job-finalize", jobs::finalize),
+    ("job-pause", jobs::pause),
+    ("job-resume", jobs::resume),
+    ("query-block", queries::block),
+    ("query-block-jobs", jobs::query_block),
+    ("query-commands", queries::commands),
+    ("query-jobs", jobs::query),
+    ("query-named-block-nodes", queries::named_block_nodes),
+    ("query-version", queries::version),
+    ("quit", queries::quit),
+    ("transaction", transaction::transaction),
+    ("x-debug-block-dirty-bitmap-sha256", bitmaps::sha256),
+];
+
+impl Control {
+    /// Over `disks`, whose ids differ; jobs tell of themselves through `events`.
+    pub fn new(disks: Vec<Arc<Node>>, events: Events, settings: Settings) -> Arc<Self> {
+        Arc::new(Self { disks, targets: Mutex::default(), jobs: Jobs::new(events.clone()), events, settings })
+    }
+
+    /// Cancels all jobs; returns when they are over, their bitmaps reclaimed and their points gone. No job starts any
+    /// more; everything else still answers.
+    pub fn shutdown(&self) {
+        self.jobs.shut_down();
+    }
+
+    /// The jobs, for those who watch them in this process.
+    pub fn jobs(&self) -> &Arc<Jobs> {
+        &self.jobs
+    }
+
+    fn targets(&self) -> MutexGuard<'_, Vec<Arc<TargetNode>>> {
+        self.targets.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn disk(&self, id: &str) -> Option<&Arc<Node>> {
+        self.disks.iter().find(|disk| disk.id == id)
+    }
+
+    /// The rules for paths that a client names: no served disk is a target.
+    fn policy(&self) -> Policy {
+        Policy {
+            roots: self.settings.roots.clone(),
+            forbidden: self.disks.iter().filter_map(|disk| disk.source.file_id()).collect(),
+        }
+    }
+}
+
+impl Commands for Control {
+    fn execute(&self, name: &str, arguments: Map<String, Value>) -> Option<Result<Value, QmpError>> {
+        let (_, handler) = COMMANDS.iter().find(|(command, _)| *command == name)?;
+        Some(handler(self, Arguments::new(arguments)))
+    }
+}
+
+impl fmt::Debug for Control {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Control").field("disks", &self.disks).field("jobs", &self.jobs).finish_non_exhaustive()
+    }
+}
+
+/// What a command answers that has nothing to say.
+fn done() -> Result<Value, QmpError> {
+    Ok(json!({}))
+}
+
+impl From<BitmapError> for QmpError {
+    fn from(error: BitmapError) -> Self {
+        QmpError::generic(error.to_string())
+    }
+}
+
+impl From<JobError> for QmpError {
+    fn from(error: JobError) -> Self {
+        QmpError::generic(error.to_string())
+    }
+}
+
+impl From<TargetError> for QmpError {
+    fn from(error: TargetError) -> Self {
+        QmpError::generic(error.to_string())
+    }
+}

@@ -1,0 +1,388 @@
+//! Nodes: the served disks, and targets that `blockdev-add` opens and `blockdev-del` closes.
+//!
+//! A target is a chain of at most two nodes, a format (`raw`, `qcow2`) over a protocol (`file`, `host_device`), described in
+//! one command or in two; a protocol node alone serves as a raw target. One node of a chain holds the open file, for it
+//! is locked against everybody else: a `qcow2` borrows it from its `file` for as long as it is there.
+//!
+//! Invariant: files are opened and closed without the registry's lock; a node in use is never closed.
+
+use super::claim::{Claim, Claims, Use, busy};
+use super::{Control, done, options};
+use crate::job::well_formed;
+use crate::node::Node;
+use crate::qmp::arguments::StringOrObject;
+use crate::qmp::{Arguments, QmpError};
+use crate::source::Source;
+use crate::target::image::Image;
+use crate::target::{self, Format, Policy, Target};
+use serde_json::Value;
+use std::fmt;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// Longest node name, as in QEMU.
+const NAME_MAX: usize = 31;
+
+/// What a node is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Driver {
+    /// A regular file.
+    File,
+    /// A block device.
+    HostDevice,
+    /// The bytes of its file, one to one.
+    Raw,
+    /// A qcow2 image in its file.
+    Qcow2,
+    /// A later version's.
+    Nbd,
+}
+
+const DRIVERS: &[(&str, Driver)] = &[
+    ("file", Driver::File),
+    ("host_device", Driver::HostDevice),
+    ("raw", Driver::Raw),
+    ("qcow2", Driver::Qcow2),
+    ("nbd", Driver::Nbd),
+];
+
+impl Driver {
+    /// QEMU's name.
+    pub(super) fn name(self) -> &'static str {
+        DRIVERS.iter().find(|(_, driver)| *driver == self).map_or("", |(name, _)| name)
+    }
+}
+
+/// What a node has open.
+enum Opened {
+    /// To be written.
+    Writable(Arc<dyn Target>),
+    /// Only to be read: its size is what is of interest.
+    ReadOnly(u64),
+    /// The node over it has the file.
+    Lent,
+}
+
+/// A node that `blockdev-add` made.
+pub(super) struct TargetNode {
+    pub(super) name: String,
+    pub(super) driver: Driver,
+    pub(super) path: PathBuf,
+    pub(super) read_only: bool,
+    pub(super) claims: Claims,
+    /// The claim on the node beneath, where there is one.
+    file: Option<(Arc<TargetNode>, Claim)>,
+    /// Described within another node, and goes with it.
+    inner: bool,
+    opened: Mutex<Opened>,
+}
+
+/// A node as it was described, with names and files still to be looked at.
+struct Description {
+    name: Option<String>,
+    driver: Driver,
+    read_only: bool,
+    file: FileOf,
+}
+
+enum FileOf {
+    /// A protocol node's own.
+    Path(PathBuf),
+    Named(String),
+    Described(Box<Description>),
+}
+
+impl TargetNode {
+    fn opened(&self) -> MutexGuard<'_, Opened> {
+        self.opened.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// What a job can write to.
+    pub(super) fn target(&self) -> Result<Arc<dyn Target>, QmpError> {
+        match &*self.opened() {
+            Opened::Writable(target) => Ok(Arc::clone(target)),
+            Opened::ReadOnly(_) => Err(QmpError::generic("Could not create node: Block node is read-only")),
+            Opened::Lent => Err(QmpError::generic(format!("Node '{}' could not be opened again", self.name))),
+        }
+    }
+
+    /// Virtual size in bytes, unless another node has the file.
+    pub(super) fn size(&self) -> Option<u64> {
+        match &*self.opened() {
+            Opened::Writable(target) => Some(target.size()),
+            Opened::ReadOnly(size) => Some(*size),
+            Opened::Lent => None,
+        }
+    }
+
+    /// Opens the file again that a node over it had.
+    fn take_back(&self, policy: &Policy) {
+        let mut opened = self.opened();
+        if matches!(*opened, Opened::Lent) {
+            match target::open(&self.path, Format::Raw, policy) {
+                Ok(target) => *opened = Opened::Writable(target.into()),
+                Err(error) => tracing::warn!(node = self.name, %error, "could not be opened again"),
+            }
+        }
+    }
+}
+
+impl fmt::Debug for TargetNode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TargetNode").field("name", &self.name).field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl Control {
+    /// The disk that a backup or a new bitmap is for.
+    pub(super) fn device(&self, name: &str) -> Result<&Arc<Node>, QmpError> {
+        self.disk(name).ok_or_else(|| match self.target_node(name) {
+            Some(_) => not_served(name),
+            None => not_found(name),
+        })
+    }
+
+    /// The disk whose bitmap is meant.
+    pub(super) fn bitmap_node(&self, name: &str) -> Result<&Arc<Node>, QmpError> {
+        self.disk(name).ok_or_else(|| match self.target_node(name) {
+            Some(_) => not_served(name),
+            None => QmpError::generic(format!("Node '{name}' not found")),
+        })
+    }
+
+    pub(super) fn target_node(&self, name: &str) -> Option<Arc<TargetNode>> {
+        self.targets().iter().find(|node| node.name == name).cloned()
+    }
+
+    /// Refused unless a node may have this name.
+    pub(super) fn check_new_name(&self, name: &str) -> Result<(), QmpError> {
+        if !well_formed(name) {
+            return Err(QmpError::generic(format!("Invalid node-name: '{name}'")));
+        }
+        if self.disk(name).is_some() || self.target_node(name).is_some() {
+            return Err(QmpError::generic(format!("Duplicate nodes with node-name='{name}'")));
+        }
+        if name.len() > NAME_MAX {
+            return Err(QmpError::generic("Node name too long"));
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn not_found(name: &str) -> QmpError {
+    QmpError::generic(format!("Cannot find device='{name}' nor node-name='{name}'"))
+}
+
+fn not_served(name: &str) -> QmpError {
+    QmpError::generic(format!("Node '{name}' is a target: bitmaps and backups are of served disks"))
+}
+
+// ---- blockdev-add
+
+fn describe(arguments: &mut Arguments) -> Result<Description, QmpError> {
+    let driver = arguments.choice("driver", DRIVERS)?;
+    if driver == Driver::Nbd {
+        return Err(QmpError::generic("Driver 'nbd' is not there yet: targets are raw, qcow2, file and host_device"));
+    }
+    let common = options::node_options(arguments)?;
+    let file = match driver {
+        Driver::File | Driver::HostDevice | Driver::Nbd => {
+            options::file_options(arguments)?;
+            FileOf::Path(arguments.string("filename")?.into())
+        }
+        Driver::Raw | Driver::Qcow2 => {
+            if driver == Driver::Qcow2 {
+                options::qcow2_options(arguments)?;
+            }
+            match arguments.string_or_object("file", "BlockdevRef")? {
+                StringOrObject::String(name) => FileOf::Named(name),
+                StringOrObject::Object(mut members) => {
+                    let file = describe(&mut members)?;
+                    members.finish()?;
+                    FileOf::Described(Box::new(file))
+                }
+            }
+        }
+    };
+    Ok(Description { name: common.name, driver, read_only: common.read_only, file })
+}
+
+pub(super) fn add(control: &Control, arguments: Arguments) -> Result<Value, QmpError> {
+    let mut arguments = options::nested(arguments)?;
+    let description = describe(&mut arguments)?;
+    arguments.finish()?;
+    let Some(name) = description.name.clone() else {
+        return Err(QmpError::generic("'node-name' must be specified for the root node"));
+    };
+    let mut made = Vec::new();
+    make(control, description, name, false, &mut made)?;
+    // Somebody else may have taken a name meanwhile; then all that was opened here is closed again.
+    let taken = {
+        let mut targets = control.targets();
+        let taken = made.iter().map(|node: &Arc<TargetNode>| &node.name).find(|name| {
+            !name.is_empty() && (targets.iter().any(|node| node.name == **name) || control.disk(name).is_some())
+        });
+        match taken.cloned() {
+            None => {
+                targets.append(&mut made);
+                None
+            }
+            taken => taken,
+        }
+    };
+    match taken {
+        None => done(),
+        Some(name) => Err(QmpError::generic(format!("Duplicate nodes with node-name='{name}'"))),
+    }
+}
+
+/// Makes a node and, before it, what is described within it.
+fn make(
+    control: &Control,
+    description: Description,
+    name: String,
+    inner: bool,
+    made: &mut Vec<Arc<TargetNode>>,
+) -> Result<Arc<TargetNode>, QmpError> {
+    let Description { driver, read_only, file, .. } = description;
+    let policy = control.policy();
+    if !name.is_empty() {
+        control.check_new_name(&name)?;
+    }
+    let (path, opened, file) = match file {
+        FileOf::Path(path) => {
+            check_kind(driver, &path)?;
+            let opened = open(&path, Format::Raw, read_only, &policy)?;
+            (path, opened, None)
+        }
+        FileOf::Described(description) if description.driver_is_protocol() => {
+            let FileOf::Path(path) = &description.file else { unreachable!("protocols have paths") };
+            let path = path.clone();
+            let child_name = description.name.clone().unwrap_or_default();
+            let read_only_below = description.read_only;
+            let child = make(control, *description, child_name, true, made)?;
+            let claim = Claim::take(&child, Use::FileOf(name.clone()))?;
+            let opened = borrow(&child, driver, read_only || read_only_below, &policy)?;
+            (path, opened, Some((child, claim)))
+        }
+        FileOf::Described(_) => return Err(stacked()),
+        FileOf::Named(below) => {
+            let child = control.target_node(&below).ok_or_else(|| match control.disk(&below) {
+                Some(_) => QmpError::generic(format!("Node '{below}' is busy: it is served to a guest")),
+                None => not_found(&below),
+            })?;
+            if !matches!(child.driver, Driver::File | Driver::HostDevice) {
+                return Err(stacked());
+            }
+            let claim = Claim::take(&child, Use::FileOf(name.clone()))?;
+            let opened = borrow(&child, driver, read_only, &policy)?;
+            (child.path.clone(), opened, Some((child, claim)))
+        }
+    };
+    let node = Arc::new(TargetNode {
+        name,
+        driver,
+        path,
+        read_only: read_only || matches!(opened, Opened::ReadOnly(_)),
+        claims: Claims::default(),
+        file,
+        inner,
+        opened: Mutex::new(opened),
+    });
+    made.push(Arc::clone(&node));
+    Ok(node)
+}
+
+impl Description {
+    fn driver_is_protocol(&self) -> bool {
+        matches!(self.driver, Driver::File | Driver::HostDevice)
+    }
+}
+
+fn stacked() -> QmpError {
+    QmpError::generic("A format node stands on a 'file' or 'host_device' node")
+}
+
+fn open(path: &Path, format: Format, read_only: bool, policy: &Policy) -> Result<Opened, QmpError> {
+    if read_only {
+        return Ok(Opened::ReadOnly(Image::open(path, format, policy)?.size()));
+    }
+    Ok(Opened::Writable(target::open(path, format, policy)?.into()))
+}
+
+/// Opens the format over `child`, which is claimed. The file is locked by who has it open, so the child closes it first.
+fn borrow(child: &TargetNode, driver: Driver, read_only: bool, policy: &Policy) -> Result<Opened, QmpError> {
+    let mut below = child.opened();
+    if let (Driver::Raw, false, Opened::Writable(target)) = (driver, read_only, &*below) {
+        return Ok(Opened::Writable(Arc::clone(target)));
+    }
+    let read_only = read_only || matches!(*below, Opened::ReadOnly(_));
+    *below = Opened::Lent;
+    drop(below);
+    let format = if driver == Driver::Qcow2 { Format::Qcow2 } else { Format::Raw };
+    let opened = open(&child.path, format, read_only, policy);
+    if opened.is_err() {
+        child.take_back(policy);
+    }
+    opened
+}
+
+/// `host_device` wants a device, as in QEMU; `file` takes both, since a device behind a link is no mistake.
+fn check_kind(driver: Driver, path: &Path) -> Result<(), QmpError> {
+    if driver != Driver::HostDevice {
+        return Ok(());
+    }
+    // What is not there is reported by opening it.
+    match std::fs::metadata(path) {
+        Ok(metadata) if !metadata.file_type().is_block_device() && !metadata.file_type().is_char_device() => {
+            Err(QmpError::generic(format!(
+                "'host_device' driver requires '{}' to be either a character or block device",
+                path.display()
+            )))
+        }
+        _ => Ok(()),
+    }
+}
+
+// ---- blockdev-del
+
+pub(super) fn delete(control: &Control, mut arguments: Arguments) -> Result<Value, QmpError> {
+    let name = arguments.string("node-name")?;
+    arguments.finish()?;
+    let mut targets = control.targets();
+    let Some(position) = targets.iter().position(|node| node.name == name) else {
+        return Err(match control.disk(&name) {
+            Some(_) => QmpError::generic(format!("Node {name} is in use")),
+            None => QmpError::generic(format!("Failed to find node with node-name='{name}'")),
+        });
+    };
+    let node = &targets[position];
+    if node.inner {
+        return Err(QmpError::generic(format!("Node {name} is not owned by the monitor")));
+    }
+    match node.claims.current() {
+        Some(user @ Use::Job) => return Err(busy(&name, &user)),
+        Some(Use::FileOf(_)) => return Err(QmpError::generic(format!("Block device {name} is in use"))),
+        None => {}
+    }
+    let node = targets.remove(position);
+    if let Some((below, _)) = &node.file
+        && below.inner
+    {
+        targets.retain(|node| !Arc::ptr_eq(node, below));
+    }
+    drop(targets);
+    close(node, &control.policy());
+    done()
+}
+
+/// Closes the file, and gives it back to a node beneath that stays.
+fn close(node: Arc<TargetNode>, policy: &Policy) {
+    *node.opened() = Opened::Lent;
+    if let Some((below, _)) = &node.file
+        && !below.inner
+    {
+        below.take_back(policy);
+    }
+}

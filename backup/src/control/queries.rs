@@ -1,0 +1,113 @@
+//! What can be asked without changing anything, and `quit`.
+
+use super::nodes::TargetNode;
+use super::{COMMANDS, Control, done};
+use crate::node::Node;
+use crate::qmp::{Arguments, QmpError, version as qmp_version};
+use blkmark_bitmap::BitmapInfo;
+use serde_json::{Map, Value, json};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+type Answer = Result<Value, QmpError>;
+
+pub(super) fn version(_: &Control, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    Ok(qmp_version())
+}
+
+pub(super) fn commands(_: &Control, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    // Negotiation is the session's own command.
+    let names = COMMANDS.iter().map(|(name, _)| *name).chain(["qmp_capabilities"]);
+    Ok(names.map(|name| json!({ "name": name })).collect())
+}
+
+/// Tells that the daemon is about to end, and has it end. The reply is on its way when the socket closes.
+pub(super) fn quit(control: &Control, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    control.events.emit("SHUTDOWN", json!({ "guest": false, "reason": "host-qmp-quit" }));
+    (control.settings.on_quit)();
+    done()
+}
+
+pub(super) fn block(control: &Control, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    let shown = control.disks.iter().map(|disk| {
+        json!({
+            "device": disk.id,
+            "qdev": disk.id,
+            "type": "unknown",
+            "removable": false,
+            "locked": false,
+            "inserted": disk_info(disk),
+        })
+    });
+    Ok(shown.collect())
+}
+
+pub(super) fn named_block_nodes(control: &Control, mut arguments: Arguments) -> Answer {
+    arguments.opt_bool("flat")?;
+    arguments.finish()?;
+    let targets: Vec<_> = control.targets().clone();
+    let targets = targets.iter().filter(|node| !node.name.is_empty()).map(|node| target_info(node));
+    Ok(control.disks.iter().map(|disk| disk_info(disk)).chain(targets).collect())
+}
+
+fn disk_info(disk: &Node) -> Value {
+    let mut info = node_info(&disk.id, "raw", &disk.path, disk.read_only, Some(disk.tracker.size()));
+    info.insert("dirty-bitmaps".into(), disk.tracker.list().iter().map(bitmap_info).collect());
+    info.into()
+}
+
+fn target_info(node: &TargetNode) -> Value {
+    node_info(&node.name, node.driver.name(), &node.path, node.read_only, node.size()).into()
+}
+
+/// The members of QEMU's BlockDeviceInfo. There are no I/O limits yet, so all of those are 0.
+fn node_info(name: &str, driver: &str, path: &Path, read_only: bool, size: Option<u64>) -> Map<String, Value> {
+    let file = path.display().to_string();
+    let mut image = Map::new();
+    image.insert("filename".into(), file.clone().into());
+    image.insert("format".into(), driver.into());
+    if let Some(size) = size {
+        image.insert("virtual-size".into(), size.into());
+    }
+    if let Ok(metadata) = std::fs::metadata(path) {
+        image.insert("actual-size".into(), (metadata.blocks() * 512).into());
+    }
+    let info = json!({
+        "node-name": name,
+        "drv": driver,
+        "file": file,
+        "ro": read_only,
+        "encrypted": false,
+        "active": true,
+        "backing_file_depth": 0,
+        "detect_zeroes": "off",
+        "write_threshold": 0,
+        "bps": 0, "bps_rd": 0, "bps_wr": 0,
+        "iops": 0, "iops_rd": 0, "iops_wr": 0,
+        "cache": { "writeback": true, "direct": false, "no-flush": false },
+        "image": image,
+    });
+    let Value::Object(info) = info else { unreachable!("made as an object") };
+    info
+}
+
+/// QEMU's members, and those of the first series: `frozen`, here with the id of the freeze.
+fn bitmap_info(bitmap: &BitmapInfo) -> Value {
+    let mut info = json!({
+        "name": bitmap.name,
+        "count": bitmap.count,
+        "granularity": bitmap.granularity.bytes(),
+        "recording": bitmap.recording,
+        "busy": bitmap.busy,
+        "persistent": false,
+        "frozen": bitmap.frozen.is_some(),
+    });
+    if let Some(freeze) = bitmap.frozen {
+        info["freeze-id"] = freeze.to_string().into();
+    }
+    info
+}

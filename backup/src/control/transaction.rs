@@ -1,0 +1,179 @@
+//! Transactions: any number of actions, in force at one instant, or not at all.
+//!
+//! The actions are walked in order, each on the drafts that those before it left. If files have to be opened or made,
+//! there are two walks: the first only checks, so that a transaction that cannot succeed touches no file; then the files
+//! are opened, with no lock held; the second one is for real and ends in the commit. Whatever fails on the way, all that
+//! was prepared is dropped, and dropping undoes it: drafts, frozen sets, points, claims, reservations, files made.
+
+use super::backup::BackupAction;
+use super::bitmaps::BitmapAction;
+use super::{Control, done};
+use crate::job::{Locked, NewJob};
+use crate::node::Node;
+use crate::point::Point;
+use crate::qmp::{Arguments, QmpError};
+use blkmark_bitmap::Commit;
+use blkmark_bitmap::named::Draft;
+use serde_json::Value;
+use std::sync::Arc;
+
+/// One action.
+#[derive(Debug)]
+pub(super) enum Action {
+    /// Makes the transaction fail.
+    Abort,
+    /// A bitmap operation.
+    Bitmap(BitmapAction),
+    /// A backup job.
+    Backup(Box<BackupAction>),
+}
+
+/// The drafts of a walk: one commit for each disk that an action touched.
+pub(super) struct Stage<'a> {
+    control: &'a Control,
+    commits: Vec<(&'a Arc<Node>, Commit<'a>)>,
+    /// Whether this walk ends in the commit.
+    pub(super) real: bool,
+}
+
+impl<'a> Stage<'a> {
+    /// Only while the job registry is locked: that is what keeps two stages apart.
+    fn new(control: &'a Control, _locked: &Locked<'_>, real: bool) -> Self {
+        Self { control, commits: Vec::new(), real }
+    }
+
+    pub(super) fn control(&self) -> &'a Control {
+        self.control
+    }
+
+    fn position(&mut self, disk: &'a Arc<Node>) -> usize {
+        match self.commits.iter().position(|(node, _)| Arc::ptr_eq(node, disk)) {
+            Some(position) => position,
+            None => {
+                self.commits.push((disk, disk.tracker.begin()));
+                self.commits.len() - 1
+            }
+        }
+    }
+
+    /// The part of `disk` in the commit to come.
+    pub(super) fn commit(&mut self, disk: &'a Arc<Node>) -> &mut Commit<'a> {
+        let position = self.position(disk);
+        &mut self.commits[position].1
+    }
+
+    /// The bitmaps of `disk`, as the actions so far leave them.
+    pub(super) fn draft(&mut self, disk: &'a Arc<Node>) -> &mut Draft {
+        &mut self.commit(disk).draft
+    }
+}
+
+impl Action {
+    fn read(kind: &Kind, data: &mut Arguments) -> Result<Self, QmpError> {
+        Ok(match kind {
+            Kind::Abort => Action::Abort,
+            Kind::Bitmap(read) => Action::Bitmap(read(data)?),
+            Kind::Backup(read) => Action::Backup(Box::new(read(data)?)),
+        })
+    }
+}
+
+#[derive(Clone)]
+enum Kind {
+    Abort,
+    Bitmap(fn(&mut Arguments) -> Result<BitmapAction, QmpError>),
+    Backup(fn(&mut Arguments) -> Result<BackupAction, QmpError>),
+}
+
+/// What can be an action, by its name.
+const KINDS: &[(&str, Kind)] = &[
+    ("abort", Kind::Abort),
+    ("block-dirty-bitmap-add", Kind::Bitmap(BitmapAction::read_add)),
+    ("block-dirty-bitmap-remove", Kind::Bitmap(BitmapAction::read_remove)),
+    ("block-dirty-bitmap-clear", Kind::Bitmap(BitmapAction::read_clear)),
+    ("block-dirty-bitmap-enable", Kind::Bitmap(BitmapAction::read_enable)),
+    ("block-dirty-bitmap-disable", Kind::Bitmap(BitmapAction::read_disable)),
+    ("block-dirty-bitmap-merge", Kind::Bitmap(BitmapAction::read_merge)),
+    ("blockdev-backup", Kind::Backup(BackupAction::read_blockdev)),
+    ("drive-backup", Kind::Backup(BackupAction::read_drive)),
+];
+
+pub(super) fn transaction(control: &Control, mut arguments: Arguments) -> Result<Value, QmpError> {
+    let names: Vec<(&str, (&str, Kind))> = KINDS.iter().map(|(name, kind)| (*name, (*name, kind.clone()))).collect();
+    let mut actions = Vec::new();
+    for element in arguments.list("actions")? {
+        let mut members = element.object()?;
+        let (name, kind) = members.choice("type", &names)?;
+        let mut data = members.object("data")?;
+        actions.push((name, Action::read(&kind, &mut data)?));
+        data.finish()?;
+        members.finish()?;
+    }
+    let mut grouped = false;
+    if let Some(mut properties) = arguments.opt_object("properties")? {
+        let modes = [("individual", false), ("grouped", true)];
+        grouped = properties.opt_choice("completion-mode", &modes)?.unwrap_or(false);
+        properties.finish()?;
+    }
+    arguments.finish()?;
+    if grouped && let Some((name, _)) = actions.iter().find(|(_, action)| !matches!(action, Action::Backup(_))) {
+        return Err(QmpError::generic(format!(
+            "Action '{name}' does not support transaction property completion-mode = grouped"
+        )));
+    }
+    run(control, actions.into_iter().map(|(_, action)| action).collect(), grouped)?;
+    done()
+}
+
+/// Does all of `actions`, or nothing.
+pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) -> Result<(), QmpError> {
+    if actions.iter().any(|action| matches!(action, Action::Backup(backup) if backup.opens_a_file())) {
+        let locked = control.jobs.lock();
+        walk(&mut Stage::new(control, &locked, false), &locked, &mut actions)?;
+        drop(locked);
+        for action in &mut actions {
+            if let Action::Backup(backup) = action {
+                backup.open(control)?;
+            }
+        }
+    }
+    let mut locked = control.jobs.lock();
+    let mut stage = Stage::new(control, &locked, true);
+    walk(&mut stage, &locked, &mut actions)?;
+    let (disks, commits): (Vec<_>, Vec<_>) = stage.commits.into_iter().unzip();
+    let cuts = locked.commit(commits).map_err(|error| QmpError::generic(error.to_string()))?;
+    // From here on there is no way back, and nothing that could fail but a job.
+    let mut new: Vec<NewJob> = actions
+        .into_iter()
+        .filter_map(|action| match action {
+            Action::Backup(backup) => backup.into_job(),
+            Action::Abort | Action::Bitmap(_) => None,
+        })
+        .collect();
+    for job in &mut new {
+        let held = &job.backup.held;
+        let cut = disks.iter().zip(&cuts).find(|(disk, _)| Arc::ptr_eq(disk, &held.node));
+        let Some((_, cut)) = cut else { unreachable!("a backup's disk is in the commit that armed its gate") };
+        job.stillborn = begin(&held.point, Arc::clone(&cut.pre_cut));
+    }
+    locked.start(new, grouped);
+    Ok(())
+}
+
+fn begin(point: &Arc<Point>, pre_cut: Arc<blkmark_bitmap::PreCut>) -> Option<String> {
+    point.begin(pre_cut).err().map(|error| format!("could not begin the point in time: {error}"))
+}
+
+fn walk<'a>(stage: &mut Stage<'a>, locked: &Locked<'_>, actions: &mut [Action]) -> Result<(), QmpError> {
+    for action in actions {
+        match action {
+            Action::Abort => return Err(QmpError::generic("Transaction aborted using Abort action")),
+            Action::Bitmap(action) => action.apply(stage)?,
+            Action::Backup(action) => {
+                action.apply(stage)?;
+                locked.may_start()?;
+            }
+        }
+    }
+    Ok(())
+}

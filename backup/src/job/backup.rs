@@ -1,0 +1,222 @@
+//! One backup: what a job of that type works with, how it copies, and what it leaves in its bitmap.
+//!
+//! Made by `control` before the commit that freezes its point, run by the job's own thread, settled by `life` when the
+//! job (or the group it belongs to) is over. Knows nothing of states and events.
+//!
+//! | bitmap-mode | success | failure or cancel |
+//! |---|---|---|
+//! | on-success | S | old ∪ S |
+//! | never | old ∪ S | old ∪ S |
+//! | always | S | S ∪ uncopied |
+//!
+//! S is what was written since the freeze. Invariant I5: the frozen set goes only after the target is durable, and
+//! under `always` a cluster counts as copied only if a conclusion of the target covers it.
+
+use crate::buffer::{AlignedBuffer, is_zero};
+use crate::copy::{self, Action, CopyControl, CopyError, Side};
+use crate::node::Node;
+use crate::point::{Point, PointError};
+use crate::target::{Target, os_text};
+use blkmark_bitmap::named::Draft;
+use blkmark_bitmap::{BitmapError, Bits, ByteRange};
+use std::any::Any;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// What happens to the bitmap afterwards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BitmapMode {
+    /// It is advanced if the job succeeds.
+    OnSuccess,
+    /// It stays as if there had been no job.
+    Never,
+    /// It is advanced by what was copied, whatever becomes of the job.
+    Always,
+}
+
+/// What the job copies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// All that the point wants, then it is done.
+    Wanted,
+    /// Only what the guest overwrites, before it does, until the job is cancelled (sync=none).
+    Overwritten,
+}
+
+/// A bitmap that is frozen for the job.
+#[derive(Clone, Debug)]
+pub struct Hold {
+    /// Its name.
+    pub bitmap: String,
+    /// The freeze.
+    pub freeze: Uuid,
+    /// What becomes of it.
+    pub mode: BitmapMode,
+}
+
+/// What a backup holds until its job is over, in success or not.
+pub struct Held {
+    /// The disk.
+    pub node: Arc<Node>,
+    /// It as of the instant of the job's transaction; armed in the same commit that froze the bitmap.
+    pub point: Arc<Point>,
+    /// The bitmap, if one is given.
+    pub hold: Option<Hold>,
+    /// Whatever has to be kept while the job is there, for instance the claim on a target node.
+    pub claim: Option<Box<dyn Any + Send + Sync>>,
+}
+
+/// All that a backup works with.
+pub struct Backup {
+    /// What stays until the job is over.
+    pub held: Held,
+    /// What is copied.
+    pub content: Content,
+    /// Where it goes; closed when the copying is over.
+    pub target: Arc<dyn Target>,
+}
+
+/// Why a backup did not succeed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// By command, or with its group.
+    Cancelled,
+    /// The reason, as the job's `error` shows it.
+    Error(String),
+}
+
+/// How a backup ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Whether the target holds all that it should, durably.
+    pub result: Result<(), Failure>,
+    /// The clusters that the target does not durably hold. Only of meaning after a failure.
+    pub uncopied: Bits,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Failure::Cancelled => f.write_str("Operation canceled"),
+            Failure::Error(text) => f.write_str(text),
+        }
+    }
+}
+
+impl From<CopyError> for Failure {
+    fn from(error: CopyError) -> Self {
+        match &error {
+            CopyError::Cancelled => Failure::Cancelled,
+            CopyError::Target { error, .. } => Failure::Error(os_text(error)),
+            CopyError::Point(PointError::Source { error, .. }) => Failure::Error(os_text(error)),
+            CopyError::Point(_) => Failure::Error(error.to_string()),
+        }
+    }
+}
+
+impl From<PointError> for Failure {
+    fn from(error: PointError) -> Self {
+        CopyError::from(error).into()
+    }
+}
+
+impl Backup {
+    /// Copies until all is in the target and durable there, or until it is over otherwise. Blocks.
+    pub fn run(&self, control: &CopyControl, on_error: &(dyn Fn(Side, &io::Error) -> Action + Sync)) -> Outcome {
+        let plan = self.held.point.clusters();
+        let copied = match self.content {
+            Content::Wanted => {
+                copy::run(&self.held.point, &plan, &*self.target, control, on_error).map_err(Failure::from)
+            }
+            Content::Overwritten => self.follow(control, on_error),
+        };
+        let result = copied.and_then(|()| self.conclude(on_error));
+        let kept = match &result {
+            Ok(()) => true,
+            // What was copied is to count, so it has to be as durable as if it were all.
+            Err(_) if self.mode() == Some(BitmapMode::Always) => self.target.conclude().is_ok(),
+            Err(_) => false,
+        };
+        let uncopied = if kept { control.uncopied() } else { None };
+        Outcome { result, uncopied: uncopied.unwrap_or(plan) }
+    }
+
+    fn mode(&self) -> Option<BitmapMode> {
+        self.held.hold.as_ref().map(|hold| hold.mode)
+    }
+
+    /// No second try: after a failed fsync nobody knows what the target holds.
+    fn conclude(&self, on_error: &(dyn Fn(Side, &io::Error) -> Action + Sync)) -> Result<(), Failure> {
+        self.target.conclude().map_err(|error| {
+            on_error(Side::Target, &error);
+            Failure::Error(os_text(&error))
+        })
+    }
+
+    /// sync=none: brings what the point saved to the target, until the point ends and nothing of it is left.
+    fn follow(
+        &self,
+        control: &CopyControl,
+        on_error: &(dyn Fn(Side, &io::Error) -> Action + Sync),
+    ) -> Result<(), Failure> {
+        let mut buffer = AlignedBuffer::new(self.held.point.cluster().bytes() as usize);
+        while let Some(cluster) = self.held.point.next_saved()? {
+            control.admit(cluster.len())?;
+            let data = &mut buffer[..cluster.len() as usize];
+            self.held.point.take(cluster, data)?;
+            while let Err(error) = self.put(cluster, data) {
+                match on_error(Side::Target, &error) {
+                    Action::Report => return Err(Failure::Error(os_text(&error))),
+                    Action::Retry | Action::Stop => control.admit(0)?,
+                }
+            }
+            control.add_done(cluster.len());
+        }
+        Ok(())
+    }
+
+    /// Old data is written even where it is zero and the target reads as zero: it says that this cluster is covered.
+    fn put(&self, cluster: ByteRange, data: &[u8]) -> io::Result<()> {
+        if is_zero(data) {
+            self.target.write_zeroes_at(cluster.start(), cluster.len())
+        } else {
+            self.target.write_at(data, cluster.start())
+        }
+    }
+
+    /// Closes the target and gives back the rest.
+    pub fn close(self) -> Held {
+        self.held
+    }
+}
+
+impl Held {
+    /// Leaves in the bitmap what the table above says. `outcome` is `None` if the job never ran.
+    pub fn settle(&self, draft: &mut Draft, success: bool, outcome: Option<&Outcome>) -> Result<(), BitmapError> {
+        let Some(hold) = &self.hold else { return Ok(()) };
+        match (hold.mode, success) {
+            (BitmapMode::Never, _) | (BitmapMode::OnSuccess, false) => draft.reclaim(&hold.bitmap, hold.freeze),
+            (BitmapMode::OnSuccess | BitmapMode::Always, true) => draft.abdicate(&hold.bitmap, hold.freeze),
+            (BitmapMode::Always, false) => match outcome {
+                // All was copied, and a sibling failed: nothing is left to copy.
+                Some(Outcome { result: Ok(()), .. }) => draft.abdicate(&hold.bitmap, hold.freeze),
+                Some(outcome) => draft.abdicate_except(&hold.bitmap, hold.freeze, &outcome.uncopied),
+                None => draft.reclaim(&hold.bitmap, hold.freeze),
+            },
+        }
+    }
+}
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Held").field("node", &self.node).field("hold", &self.hold).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Backup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Backup").field("held", &self.held).field("target", &self.target.name()).finish_non_exhaustive()
+    }
+}

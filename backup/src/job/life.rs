@@ -1,0 +1,282 @@
+//! From `running` to `null`: how jobs end, alone or as a group.
+//!
+//! Whatever ends a job, its thread comes back once with an [`Outcome`], or it had come back before. `advance` then looks at
+//! the whole group: if one failed, the others are cancelled; when all threads are back, one commit settles all bitmaps
+//! and takes all gates away, and the events are told, newest job first as QEMU does. A job without a group is a group
+//! of one. Everything here happens under the registry's lock, except for the copying itself.
+
+use super::backup::{Backup, Failure, Held, Outcome};
+use super::events;
+use super::policy::{IoStatus, Reaction};
+use super::registry::{Entry, Inner, Jobs, lock};
+use super::state::Status;
+use crate::copy::{Action, Side};
+use crate::node::Node;
+use crate::point::Point;
+use blkmark_bitmap::{Commit, flip};
+use std::collections::BTreeMap;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// How long to leave the queue threads alone before another try to settle. Rare: one of them was kept off the processor
+/// inside its critical section.
+const BREATH: Duration = Duration::from_millis(20);
+
+/// What is dropped only when the lock is free again: points, whose scratch may be large.
+pub(super) type Spent = Vec<Arc<Point>>;
+
+/// Begins the job's thread. If there is none to be had, what was to be run comes back with its outcome.
+pub(super) fn launch(
+    jobs: &Arc<Jobs>,
+    entry: &Entry,
+    backup: Backup,
+    stillborn: Option<String>,
+) -> Result<JoinHandle<()>, Box<(Held, Outcome)>> {
+    let (key, control) = (entry.key, Arc::clone(&entry.control));
+    let parcel = Arc::new(Mutex::new(Some(backup)));
+    let task = {
+        let (jobs, parcel) = (Arc::clone(jobs), Arc::clone(&parcel));
+        move || {
+            let Some(backup) = lock(&parcel).take() else { return };
+            let outcome = match stillborn {
+                Some(error) => failed(&backup, error),
+                // A bug in a target must not leave a job that never ends and a bitmap that stays busy.
+                None => catch_unwind(AssertUnwindSafe(|| {
+                    backup.run(&control, &|side, error| on_error(&jobs, key, side, error))
+                }))
+                .unwrap_or_else(|_| failed(&backup, "internal error".to_owned())),
+            };
+            come_back(&jobs, key, backup.close(), outcome);
+        }
+    };
+    std::thread::Builder::new().name(format!("job-{}", entry.id())).spawn(task).map_err(|error| {
+        let Some(backup) = lock(&parcel).take() else { unreachable!("a thread that was not made took nothing") };
+        let outcome = failed(&backup, format!("could not start the job's thread: {error}"));
+        Box::new((backup.close(), outcome))
+    })
+}
+
+fn failed(backup: &Backup, error: String) -> Outcome {
+    Outcome { result: Err(Failure::Error(error)), uncopied: backup.held.point.clusters() }
+}
+
+/// An error of a read or write: tells of it, and says how to go on.
+fn on_error(jobs: &Jobs, key: u64, side: Side, error: &io::Error) -> Action {
+    let mut inner = lock(&jobs.inner);
+    let Some(entry) = inner.entry(key).filter(|entry| !entry.cancelled) else { return Action::Report };
+    let policy = match side {
+        Side::Source => entry.settings.on_source_error,
+        Side::Target => entry.settings.on_target_error,
+    };
+    let reaction = policy.reaction(error);
+    tracing::warn!(job = entry.id(), ?side, %error, action = reaction.name(), "I/O error");
+    events::error(&jobs.events, entry, side, reaction);
+    match reaction {
+        Reaction::Report => Action::Report,
+        Reaction::Ignore => Action::Retry,
+        Reaction::Stop => {
+            if entry.io_status == IoStatus::Ok {
+                entry.io_status = IoStatus::of(error);
+            }
+            // Paused here, under the lock, so that a resume that comes at once is not overtaken.
+            jobs.rest(entry);
+            Action::Retry
+        }
+    }
+}
+
+fn come_back(jobs: &Jobs, key: u64, held: Held, outcome: Outcome) {
+    let mut inner = lock(&jobs.inner);
+    // Work that was done before the workers saw the pause waits for its end like work that was not.
+    while outcome.result.is_ok() && inner.entry(key).is_some_and(|entry| entry.user_paused && !entry.cancelled) {
+        inner = jobs.changed.wait(inner).unwrap_or_else(|poisoned| poisoned.into_inner());
+    }
+    let spent = finish(jobs, &mut inner, key, held, outcome);
+    drop(inner);
+    jobs.changed.notify_all();
+    drop(spent);
+}
+
+/// The job's thread is through with it.
+pub(super) fn finish(jobs: &Jobs, inner: &mut Inner, key: u64, held: Held, mut outcome: Outcome) -> Spent {
+    let Some(entry) = inner.entry(key) else { return Spent::new() };
+    if entry.cancelled && outcome.result.is_ok() {
+        outcome.result = Err(Failure::Cancelled);
+    }
+    if outcome.result.is_ok() {
+        jobs.set_status(entry, Status::Waiting);
+    }
+    entry.outcome = Some(outcome);
+    entry.held = Some(held);
+    advance(jobs, inner, key)
+}
+
+/// Ends a job by command. One whose thread is back already takes its group down at once.
+pub(super) fn cancel(jobs: &Jobs, inner: &mut Inner, key: u64, force: bool) -> Spent {
+    let Some(entry) = inner.entry(key) else { return Spent::new() };
+    match &mut entry.outcome {
+        Some(outcome) => {
+            outcome.result = Err(Failure::Cancelled);
+            advance(jobs, inner, key)
+        }
+        None => {
+            stop(jobs, entry, force);
+            Spent::new()
+        }
+    }
+}
+
+/// Makes a pending job's group conclude.
+pub(super) fn finalize(jobs: &Jobs, inner: &mut Inner, key: u64) -> Spent {
+    let members = group_of(inner, key);
+    conclude(jobs, inner, &members, true)
+}
+
+/// Tells a job's thread to come back, which it does on its own.
+fn stop(jobs: &Jobs, entry: &mut Entry, force: bool) {
+    entry.cancelled = true;
+    match &entry.endless {
+        // It ends when its point does. Unless forced, what is saved goes to the target first.
+        Some((node, point)) => {
+            commit_until_done(|| {
+                let mut commit = node.tracker.begin();
+                commit.disarm(point.gate());
+                vec![commit]
+            });
+            if force {
+                entry.control.cancel();
+            }
+            point.end();
+        }
+        None => entry.control.cancel(),
+    }
+    jobs.wake(entry);
+}
+
+fn abort(jobs: &Jobs, entry: &mut Entry) {
+    jobs.wake(entry);
+    if entry.status != Status::Aborting {
+        jobs.set_status(entry, Status::Aborting);
+    }
+}
+
+/// Newest first.
+fn group_of(inner: &Inner, key: u64) -> Vec<u64> {
+    let group = inner.entries.iter().find(|entry| entry.key == key).and_then(|entry| entry.group);
+    let member = |entry: &&Entry| entry.key == key || group.is_some() && entry.group == group;
+    inner.entries.iter().filter(member).filter(|entry| entry.status != Status::Concluded).map(|e| e.key).collect()
+}
+
+/// Something happened to `key`: what does that mean for its group?
+fn advance(jobs: &Jobs, inner: &mut Inner, key: u64) -> Spent {
+    let members = group_of(inner, key);
+    let mut entries: Vec<&mut Entry> = inner.entries.iter_mut().filter(|entry| members.contains(&entry.key)).collect();
+    let has_failed = |entry: &Entry| entry.outcome.as_ref().is_some_and(|outcome| outcome.result.is_err());
+    let any_failed = entries.iter().any(|entry| has_failed(entry));
+    if any_failed {
+        for entry in &mut entries {
+            if entry.key == key && has_failed(entry) {
+                abort(jobs, entry);
+            } else if entry.outcome.is_none() && !entry.cancelled {
+                stop(jobs, entry, true);
+            }
+        }
+    }
+    if entries.iter().any(|entry| entry.outcome.is_none()) {
+        return Spent::new();
+    }
+    if any_failed {
+        return conclude(jobs, inner, &members, false);
+    }
+    for entry in &mut entries {
+        jobs.set_status(entry, Status::Pending);
+        if !entry.settings.auto_finalize {
+            events::pending(&jobs.events, entry);
+        }
+    }
+    if entries.iter().all(|entry| entry.settings.auto_finalize) {
+        conclude(jobs, inner, &members, true)
+    } else {
+        Spent::new()
+    }
+}
+
+/// All threads are back: settles everything at one instant, then tells of it.
+fn conclude(jobs: &Jobs, inner: &mut Inner, members: &[u64], success: bool) -> Spent {
+    settle(inner, members, success);
+    let mut spent = Spent::new();
+    for entry in inner.entries.iter_mut().filter(|entry| members.contains(&entry.key)) {
+        if let Some(held) = entry.held.take() {
+            // Lets go of what the gate may still hold, and of the claim on the target before anybody hears of the end.
+            held.point.end();
+            spent.push(held.point);
+        }
+        if let Some((_, point)) = entry.endless.as_ref() {
+            spent.push(Arc::clone(point));
+        }
+    }
+    for key in members {
+        let Some(entry) = inner.entry(*key) else { continue };
+        let failure = match entry.outcome.take() {
+            _ if success => None,
+            Some(Outcome { result: Err(failure), .. }) => Some(failure),
+            // It did all that it should; one of its group did not.
+            _ => Some(Failure::Cancelled),
+        };
+        if failure.is_some() {
+            abort(jobs, entry);
+        }
+        entry.error = failure.as_ref().map(ToString::to_string);
+        match failure {
+            Some(Failure::Cancelled) => events::cancelled(&jobs.events, entry),
+            Some(Failure::Error(_)) | None => events::completed(&jobs.events, entry),
+        }
+        jobs.set_status(entry, Status::Concluded);
+        if entry.settings.auto_dismiss {
+            jobs.set_status(entry, Status::Null);
+            inner.entries.retain(|entry| entry.key != *key);
+        }
+    }
+    spent
+}
+
+/// One commit for all bitmaps and gates of the group.
+fn settle(inner: &Inner, members: &[u64], success: bool) {
+    let jobs: Vec<(&Held, Option<&Outcome>)> = inner
+        .entries
+        .iter()
+        .filter(|entry| members.contains(&entry.key))
+        .filter_map(|entry| Some((entry.held.as_ref()?, entry.outcome.as_ref())))
+        .collect();
+    let mut nodes: BTreeMap<&str, (&Node, Vec<_>)> = BTreeMap::new();
+    for (held, outcome) in jobs {
+        nodes.entry(&held.node.id).or_insert_with(|| (&held.node, Vec::new())).1.push((held, outcome));
+    }
+    commit_until_done(|| {
+        nodes
+            .values()
+            .map(|(node, jobs)| {
+                let mut commit = node.tracker.begin();
+                for (held, outcome) in jobs {
+                    commit.disarm(held.point.gate());
+                    if let Err(error) = held.settle(&mut commit.draft, success, *outcome) {
+                        // Nobody else may end this job's freeze.
+                        tracing::error!(node = node.id, %error, "a bitmap was not as its job had left it");
+                    }
+                }
+                commit
+            })
+            .collect()
+    });
+}
+
+/// What a job leaves behind has to come into force, so there is no giving up.
+fn commit_until_done<'a>(prepare: impl Fn() -> Vec<Commit<'a>>) {
+    while let Err(error) = flip::commit(prepare()) {
+        tracing::warn!(%error, "will try again");
+        std::thread::sleep(BREATH);
+    }
+}

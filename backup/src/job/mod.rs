@@ -1,0 +1,23 @@
+//! Jobs: long work that a command starts and clients watch, steer and wait for.
+//!
+//! `control` prepares a [`Backup`], puts its freeze in force together with everything else of a transaction, and hands it
+//! to [`Jobs`]. From there on a thread of the job's own copies, and whatever ends it (its work, an error, a command, a
+//! sibling's failure) goes through `life`. Rooms: `state` (the two tables), `policy` (what an error leads to), `backup`
+//! (the work itself), `registry` (who is there, verbs, queries), `life` (from `created` to `null`), `events`.
+//!
+//! Invariants: a state changes only as the table in `state` allows, and each change is told once, in order; a bitmap
+//! leaves its freeze in the same commit that takes the point's gate away, one commit for a whole group; `concluded` is
+//! told only after the target is durable and closed and that commit is in force.
+
+pub mod backup;
+mod events;
+mod life;
+pub mod policy;
+mod registry;
+pub mod state;
+
+pub use backup::{Backup, BitmapMode, Content, Failure, Hold};
+pub use policy::OnError;
+pub(crate) use registry::well_formed;
+pub use registry::{JobError, Jobs, Locked, NewJob, Reservation, Settings};
+pub use state::{Status, Verb};

@@ -1,0 +1,263 @@
+//! Disks, writers and commands for the tests of the control room: real files, the real marking, no socket.
+
+#![allow(dead_code, missing_docs, reason = "each test binary uses its part of it")]
+
+use blkmark_backup::control::{Control, Settings};
+use blkmark_backup::node::Node;
+use blkmark_backup::qmp::{Commands, Event, Events, Subscription};
+use blkmark_backup::scratch::ScratchSettings;
+use blkmark_backup::source::{BlockStatus, FileId, Source};
+use blkmark_bitmap::tracker::Admitted;
+use blkmark_bitmap::{ByteRange, Lane, Tracker};
+use serde_json::{Value, json};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
+
+pub const MIB: u64 = 1 << 20;
+pub const CLUSTER: u64 = 64 * 1024;
+
+/// Long enough for any machine; it only ends a test that hangs.
+pub const GIVE_UP: Duration = Duration::from_secs(120);
+
+/// A file read as a disk, which can be told to fail.
+pub struct FileSource {
+    file: File,
+    size: u64,
+    pub broken: AtomicBool,
+}
+
+impl Source for FileSource {
+    fn size(&self) -> u64 {
+        self.size
+    }
+    fn alignment(&self) -> u32 {
+        1
+    }
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        if self.broken.load(Ordering::SeqCst) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.file.read_exact_at(buf, offset)
+    }
+    fn block_status(&self, _: u64, limit: u64) -> io::Result<(BlockStatus, u64)> {
+        Ok((BlockStatus::Data, limit))
+    }
+    fn file_id(&self) -> Option<FileId> {
+        let metadata = self.file.metadata().ok()?;
+        Some(FileId { device: metadata.dev(), inode: metadata.ino() })
+    }
+}
+
+/// A served disk with a guest that writes as the write path does.
+pub struct Disk {
+    pub node: Arc<Node>,
+    pub source: Arc<FileSource>,
+    pub path: PathBuf,
+    lane: Mutex<Lane>,
+}
+
+impl Disk {
+    pub fn new(dir: &Path, id: &str, size: u64) -> Self {
+        let path = dir.join(format!("{id}.disk"));
+        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        file.set_len(size).unwrap();
+        let source = Arc::new(FileSource { file, size, broken: AtomicBool::new(false) });
+        let tracker = Tracker::new(size, 1, 4);
+        let lane = Mutex::new(tracker.lane(0).unwrap());
+        let scratch = ScratchSettings { directory: dir.to_owned(), cap: 1 << 30 };
+        let shared: Arc<dyn Source> = source.clone();
+        let node = Node { id: id.into(), path: path.clone(), read_only: false, tracker, source: shared, scratch };
+        Self { node: Arc::new(node), source, path, lane }
+    }
+
+    /// A guest's write: admitted, marked, done; held while a point in time saves what was there.
+    pub fn write(&self, offset: u64, len: u64, byte: u8) {
+        let range = ByteRange::new(offset, len);
+        let mut lane = self.lane.lock().unwrap();
+        loop {
+            let admitted = lane.enter().admit(0, range);
+            match admitted {
+                Admitted::Go => break,
+                Admitted::Held(gate) => {
+                    let (tx, rx) = mpsc::channel();
+                    gate.hold(range, Box::new(move || tx.send(()).unwrap()));
+                    rx.recv_timeout(GIVE_UP).expect("a held write is let go");
+                }
+            }
+        }
+        self.source.file.write_all_at(&vec![byte; len as usize], offset).unwrap();
+        lane.finish(0);
+    }
+
+    /// Writes whole clusters, each given by its number.
+    pub fn dirty(&self, clusters: impl IntoIterator<Item = u64>, byte: u8) {
+        for cluster in clusters {
+            self.write(cluster * CLUSTER, CLUSTER, byte);
+        }
+    }
+
+    pub fn image(&self) -> Vec<u8> {
+        std::fs::read(&self.path).unwrap()
+    }
+
+    /// The dirty clusters (of 64 KiB) of a bitmap.
+    pub fn dirty_clusters(&self, bitmap: &str) -> Vec<u64> {
+        let bits = self.node.tracker.bits(bitmap).unwrap();
+        bits.runs().flat_map(|run| run.start() / CLUSTER..run.end().div_ceil(CLUSTER)).collect()
+    }
+
+    /// Each bitmap's name, count, hash and states: what a refused command may not change.
+    pub fn bitmaps(&self) -> Vec<(String, u64, String, bool, bool)> {
+        let tracker = &self.node.tracker;
+        let show = |b: blkmark_bitmap::BitmapInfo| {
+            let hash = tracker.bits(&b.name).unwrap().sha256();
+            (b.name, b.count, hash, b.recording, b.busy)
+        };
+        tracker.list().into_iter().map(show).collect()
+    }
+}
+
+/// A control room over some disks.
+pub struct Lab {
+    pub control: Arc<Control>,
+    pub events: Subscription,
+    pub disks: Vec<Disk>,
+    pub dir: tempfile::TempDir,
+}
+
+impl Lab {
+    /// Disks d0, d1, ... of 4 MiB.
+    pub fn new(disks: usize) -> Self {
+        Self::sized(&vec![4 * MIB; disks])
+    }
+
+    pub fn sized(sizes: &[u64]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let disks: Vec<Disk> =
+            sizes.iter().enumerate().map(|(i, size)| Disk::new(dir.path(), &format!("d{i}"), *size)).collect();
+        let events = Events::new();
+        let hearer = events.subscribe();
+        let nodes = disks.iter().map(|disk| Arc::clone(&disk.node)).collect();
+        let settings = Settings { roots: Vec::new(), on_quit: Box::new(|| ()) };
+        Self { control: Control::new(nodes, events, settings), events: hearer, disks, dir }
+    }
+
+    pub fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
+    }
+
+    pub fn run(&self, command: &str, arguments: Value) -> Result<Value, String> {
+        let Value::Object(arguments) = arguments else { panic!("arguments are an object") };
+        let answer = self.control.execute(command, arguments).unwrap_or_else(|| panic!("no command {command}"));
+        answer.map_err(|error| error.desc)
+    }
+
+    #[track_caller]
+    pub fn ok(&self, command: &str, arguments: Value) -> Value {
+        self.run(command, arguments.clone()).unwrap_or_else(|error| panic!("{command} {arguments}: {error}"))
+    }
+
+    #[track_caller]
+    pub fn err(&self, command: &str, arguments: Value) -> String {
+        match self.run(command, arguments.clone()) {
+            Ok(value) => panic!("{command} {arguments} should be refused, and gave {value}"),
+            Err(error) => error,
+        }
+    }
+
+    /// The next event with this name, those before it passed over.
+    #[track_caller]
+    pub fn event(&self, name: &str) -> Value {
+        self.wait(|event| event.name == name).data
+    }
+
+    #[track_caller]
+    pub fn wait(&self, wanted: impl FnMut(&Event) -> bool) -> Event {
+        self.events.wait(GIVE_UP, wanted).unwrap().expect("the event comes")
+    }
+
+    /// Waits until the job has this state.
+    #[track_caller]
+    pub fn state(&self, job: &str, status: &str) {
+        self.wait(|e| e.name == "JOB_STATUS_CHANGE" && e.data["id"] == job && e.data["status"] == status);
+    }
+
+    /// All events so far, each as `NAME`, `NAME device`, or for a change of state `id:status`.
+    pub fn told(&self) -> Vec<String> {
+        let mut told = Vec::new();
+        while let Some(event) = self.events.next_within(Duration::ZERO).unwrap() {
+            told.push(line(&event));
+        }
+        told
+    }
+
+    /// The same, up to and with the first for which `last` holds.
+    #[track_caller]
+    pub fn told_until(&self, last: &str) -> Vec<String> {
+        let mut told = Vec::new();
+        while told.last().map(String::as_str) != Some(last) {
+            let event = self.events.next_within(GIVE_UP).unwrap();
+            told.push(line(&event.unwrap_or_else(|| panic!("{last} should follow {told:?}"))));
+        }
+        told
+    }
+
+    /// A raw file of a disk's size, opened as node `name`.
+    pub fn raw_target(&self, name: &str, size: u64) -> PathBuf {
+        let path = self.dir.path().join(format!("{name}.raw"));
+        File::create(&path).unwrap().set_len(size).unwrap();
+        let file = json!({ "driver": "file", "filename": path });
+        self.ok("blockdev-add", json!({ "driver": "raw", "node-name": name, "file": file }));
+        path
+    }
+
+    pub fn jobs(&self) -> Value {
+        self.ok("query-jobs", json!({}))
+    }
+}
+
+fn line(event: &Event) -> String {
+    match event.name.as_str() {
+        "JOB_STATUS_CHANGE" => {
+            format!("{}:{}", event.data["id"].as_str().unwrap(), event.data["status"].as_str().unwrap())
+        }
+        name => match event.data["device"].as_str().or(event.data["id"].as_str()) {
+            Some(device) => format!("{name} {device}"),
+            None => name.to_owned(),
+        },
+    }
+}
+
+/// Runs a tool of QEMU's that must succeed.
+#[track_caller]
+pub fn qemu_img(arguments: &[&str]) -> String {
+    let output = Command::new("qemu-img").args(arguments).output().expect("qemu-img is installed");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "qemu-img {arguments:?}: {text}");
+    text
+}
+
+/// What an image holds, its backing chain included.
+#[track_caller]
+pub fn contents(dir: &Path, image: &str, format: &str) -> Vec<u8> {
+    let raw = dir.join("contents.tmp");
+    qemu_img(&["convert", "-f", format, "-O", "raw", image, raw.to_str().unwrap()]);
+    let bytes = std::fs::read(&raw).unwrap();
+    std::fs::remove_file(&raw).unwrap();
+    bytes
+}
+
+/// Whether two images are the same, without printing megabytes if they are not.
+#[track_caller]
+pub fn assert_same(got: &[u8], want: &[u8]) {
+    assert_eq!(got.len(), want.len());
+    if let Some(at) = got.iter().zip(want).position(|(a, b)| a != b) {
+        panic!("differs at {at:#x} (cluster {}): {:#x}, not {:#x}", at as u64 / CLUSTER, got[at], want[at]);
+    }
+}
