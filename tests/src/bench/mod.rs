@@ -15,7 +15,7 @@ pub mod target;
 
 use std::io::IsTerminal;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 
 use cell::Cell;
 use options::Options;
@@ -66,6 +66,10 @@ fn run_once(options: &Options, target: &Target, cell: &Cell, contender: &Contend
     // What the last contender left in the page cache is written back at its expense, not at the next one's.
     target.settle()?;
     let mut server = Server::start(options, target, cell, contender)?;
-    let sample = load::run(options, target, cell, &mut server);
-    sample.with_context(|| server.log_tail())
+    let sample = load::run(options, target, cell, &mut server).map_err(|error| match server.log() {
+        log if log.is_empty() => error,
+        log => anyhow!("{error:#}; the server said:\n{log}"),
+    })?;
+    server.stop()?;
+    Ok(sample)
 }

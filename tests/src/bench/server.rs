@@ -119,6 +119,8 @@ impl Server {
             Some(pin) => pin.server.pin_child(start)?,
             None => start()?,
         };
+        // It keeps the other end of the monitor's socket open, whose closing tells of a server that cannot start.
+        drop(command);
         let mut server = Server { process, dir };
         let mut qmp = match contender {
             Contender::Blkmark { .. } => {
@@ -128,7 +130,7 @@ impl Server {
             // It greets once everything before the monitor on its command line is served.
             Contender::Qsd { .. } => Client::negotiate(monitor),
         }
-        .with_context(|| server.log_tail())?;
+        .with_context(|| server.process.log_tail())?;
         for i in 0..contender.bitmaps() {
             let arguments = json!({"node": NODE, "name": format!("b{i}"), "persistent": false});
             qmp.execute("block-dirty-bitmap-add", arguments)
@@ -147,9 +149,14 @@ impl Server {
         process_time(self.process.pid())
     }
 
+    /// Ends it as an operator does, so that it lets go of the disk before the next one comes.
+    pub fn stop(mut self) -> Result<()> {
+        self.process.terminate().map(|_| ())
+    }
+
     /// What it said, for error messages.
-    pub fn log_tail(&self) -> String {
-        self.process.log_tail()
+    pub fn log(&self) -> String {
+        self.process.log()
     }
 }
 

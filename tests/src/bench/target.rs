@@ -6,7 +6,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use rustix::fs::{SeekFrom, seek};
+use rustix::fs::{FlockOperation, SeekFrom, fcntl_lock, flock, seek};
 
 use super::options::Options;
 
@@ -41,6 +41,7 @@ impl Target {
 
     fn make(dir: &Path, options: &Options) -> Result<Self> {
         let size = options.size;
+        check_room(dir, size)?;
         let folder = tempfile::Builder::new()
             .prefix("blkmark-bench-")
             .tempdir_in(dir)
@@ -77,6 +78,12 @@ impl Target {
             bail!("{} has {whole} bytes, which the benchmark would overwrite: say --overwrite", path.display());
         }
         let size = if whole == 0 { 0 } else { whole.min(options.size) };
+        if fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive).is_err()
+            || flock(&file, FlockOperation::NonBlockingLockExclusive).is_err()
+        {
+            bail!("{} is in use by another process", path.display());
+        }
+        unlock(&file)?;
         if size < options.least_size() {
             bail!("{} has {whole} bytes: too few to measure on", path.display());
         }
@@ -110,10 +117,51 @@ impl Target {
         self.block_device
     }
 
-    /// Writes back what is dirty.
+    /// Waits until no server holds the disk any more (its last requests may outlive it for a moment, and its locks with
+    /// them), and writes back what is dirty.
     pub fn settle(&self) -> Result<()> {
+        fcntl_lock(&self.file, FlockOperation::LockExclusive).context("waiting for the last server's lock")?;
+        flock(&self.file, FlockOperation::LockExclusive).context("waiting for the last server's lock")?;
+        unlock(&self.file)?;
         self.file.sync_data().with_context(|| format!("cannot sync {}", self.path.display()))
     }
+}
+
+fn unlock(file: &File) -> Result<()> {
+    fcntl_lock(file, FlockOperation::Unlock).context("unlocking the disk")?;
+    flock(file, FlockOperation::Unlock).context("unlocking the disk")
+}
+
+/// The kernel's number for tmpfs.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+
+/// Refuses to fill a file system, and above all the machine's memory, to the brim: whatever else runs here would be
+/// hit by it.
+fn check_room(dir: &Path, size: u64) -> Result<()> {
+    let stat = rustix::fs::statfs(dir).with_context(|| format!("cannot use {}", dir.display()))?;
+    let mut free = u64::try_from(stat.f_bavail)?.saturating_mul(u64::try_from(stat.f_bsize)?);
+    let mut what = "free space";
+    if u64::try_from(stat.f_type)? == TMPFS_MAGIC {
+        let memory = available_memory()?;
+        if memory < free {
+            (free, what) = (memory, "free memory");
+        }
+    }
+    // A tenth is left to others.
+    if size > free / 10 * 9 {
+        bail!("{} has {} MiB of {what}: too little for a disk of {} MiB", dir.display(), free >> 20, size >> 20);
+    }
+    Ok(())
+}
+
+fn available_memory() -> Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    let kib = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok())
+        .context("/proc/meminfo does not tell MemAvailable")?;
+    Ok(kib << 10)
 }
 
 /// Fills `bytes` reproducibly with what no zero detection or compression takes for anything else than data.
@@ -130,4 +178,30 @@ pub fn next_random(state: &mut u64) -> u64 {
     *state ^= *state >> 7;
     *state ^= *state << 17;
     *state
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neither_disk_nor_memory_is_filled_to_the_brim() {
+        for dir in ["/dev/shm", "/"] {
+            let error = check_room(Path::new(dir), 1 << 60).unwrap_err().to_string();
+            assert!(error.contains("too little for a disk of"), "{error}");
+            check_room(Path::new(dir), 1 << 20).unwrap();
+        }
+        // As much memory as there is would fit by the file system's own account, which counts what it may use.
+        let memory = available_memory().unwrap();
+        assert!(check_room(Path::new("/dev/shm"), memory).is_err());
+    }
+
+    #[test]
+    fn random_numbers_do_not_repeat_soon() {
+        let mut state = 1;
+        let mut seen: Vec<u64> = (0..10_000).map(|_| next_random(&mut state)).collect();
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!(seen.len(), 10_000);
+    }
 }
