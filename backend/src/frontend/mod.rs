@@ -24,6 +24,8 @@ mod link;
 mod memory;
 mod options;
 mod queue;
+#[cfg(test)]
+mod queue_tests;
 mod raw;
 mod request;
 mod ring;

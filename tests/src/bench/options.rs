@@ -1,6 +1,7 @@
 //! The benchmark's command line.
 
 use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
@@ -147,10 +148,30 @@ impl Options {
             }
         }
         if self.servers.contains(&Program::Blkmark) {
+            self.build_blkmark()?;
             self.blkmark()?;
             contenders.extend(self.bitmaps.iter().map(|&bitmaps| Contender::Blkmark { bitmaps }));
         }
         Ok(contenders)
+    }
+
+    /// Under `cargo run` the blkmark beside this program may be missing or stale: cargo builds only the package that it
+    /// runs. So it is asked for the other one too.
+    fn build_blkmark(&self) -> Result<()> {
+        let Some(cargo) = std::env::var_os("CARGO") else { return Ok(()) };
+        if self.blkmark.is_some() || std::env::var_os("BLKMARK_BIN").is_some() {
+            return Ok(());
+        }
+        let mut command = Command::new(cargo);
+        command.args(["build", "--package", "blkmark", "--bin", "blkmark"]);
+        if !cfg!(debug_assertions) {
+            command.arg("--release");
+        }
+        let status = command.status().context("cannot run cargo")?;
+        if !status.success() {
+            bail!("blkmark does not build");
+        }
+        Ok(())
     }
 
     /// The blkmark to run.

@@ -139,7 +139,7 @@ const TMPFS_MAGIC: u64 = 0x0102_1994;
 /// hit by it.
 fn check_room(dir: &Path, size: u64) -> Result<()> {
     let stat = rustix::fs::statfs(dir).with_context(|| format!("cannot use {}", dir.display()))?;
-    let mut free = u64::try_from(stat.f_bavail)?.saturating_mul(u64::try_from(stat.f_bsize)?);
+    let mut free = stat.f_bavail.saturating_mul(u64::try_from(stat.f_bsize)?);
     let mut what = "free space";
     if u64::try_from(stat.f_type)? == TMPFS_MAGIC {
         let memory = available_memory()?;
