@@ -1,0 +1,246 @@
+//! Shuttle model of a point in time (I3), on the real gate, saver and reader: whatever the schedule, an image is whole, is
+//! of the instant of the cut, and a point that could not keep old data says so instead of giving newer data.
+//!
+//! `RUSTFLAGS="--cfg shuttle" cargo test --release -p blkmark-backup --test model_point`
+#![cfg(shuttle)]
+
+use blkmark_backup::node::Node;
+use blkmark_backup::point::{Point, PointError, Wanted};
+use blkmark_backup::scratch::ScratchSettings;
+use blkmark_backup::source::{BlockStatus, FileId, Source};
+use blkmark_bitmap::tracker::Admitted;
+use blkmark_bitmap::{ByteRange, Granularity, Tracker, commit};
+use shuttle::sync::atomic::{AtomicU64, Ordering};
+use shuttle::sync::{Condvar, Mutex};
+use shuttle::thread;
+use std::io;
+use std::sync::Arc;
+
+const SECTOR: u64 = 512;
+const CLUSTER: u64 = 1024;
+const SECTORS: usize = 4;
+const SIZE: u64 = SECTOR * SECTORS as u64;
+const ROUNDS: usize = 10_000;
+
+/// What a sector holds after each step of its writer: something, then nothing (a discard), then something else.
+const STEPS: [u8; 3] = [5, 0, 7];
+
+/// Each sector is two halves, which land and are read one after the other.
+struct Disk {
+    halves: [[AtomicU64; 2]; SECTORS],
+}
+
+impl Disk {
+    fn land(&self, sector: usize, value: u8) {
+        for half in &self.halves[sector] {
+            half.store(u64::from(value), Ordering::SeqCst);
+        }
+    }
+}
+
+impl Source for Disk {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+    fn alignment(&self) -> u32 {
+        512
+    }
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        for (i, part) in buf.chunks_mut(256).enumerate() {
+            let at = (offset / 256) as usize + i;
+            part.fill(self.halves[at / 2][at % 2].load(Ordering::SeqCst) as u8);
+        }
+        Ok(())
+    }
+    fn block_status(&self, offset: u64, limit: u64) -> io::Result<(BlockStatus, u64)> {
+        let first = (offset / SECTOR) as usize;
+        let hole = self.halves[first..first + 2].iter().flatten().all(|half| half.load(Ordering::SeqCst) == 0);
+        Ok((if hole { BlockStatus::Hole } else { BlockStatus::Data }, limit.min(CLUSTER)))
+    }
+    fn file_id(&self) -> Option<FileId> {
+        None
+    }
+}
+
+/// Steps that each sector's writer was told to do, or has been told is done.
+type Steps = [AtomicU64; SECTORS];
+
+struct Scene {
+    disk: Arc<Disk>,
+    node: Arc<Node>,
+    acked: Steps,
+    issued: Steps,
+}
+
+impl Scene {
+    fn new(scratch: u64) -> Arc<Self> {
+        let full = || AtomicU64::new(u64::from(STEPS[0]));
+        let disk = Arc::new(Disk { halves: std::array::from_fn(|_| [full(), full()]) });
+        let node = Arc::new(Node {
+            id: "disk".into(),
+            path: "disk".into(),
+            read_only: false,
+            tracker: Tracker::new(SIZE, 2, 1),
+            source: Arc::clone(&disk) as Arc<dyn Source>,
+            scratch: ScratchSettings { directory: std::env::temp_dir(), cap: scratch },
+        });
+        Arc::new(Self { disk, node, acked: Default::default(), issued: Default::default() })
+    }
+
+    /// As the write path does it: admit, wait if held, submit, land, finish, acknowledge.
+    fn write(&self, lane: usize, sector: usize, step: usize) {
+        let range = ByteRange::new(sector as u64 * SECTOR, SECTOR);
+        let mut lane = self.node.tracker.lane(lane).unwrap();
+        self.issued[sector].store(step as u64, Ordering::SeqCst);
+        loop {
+            let admitted = lane.enter().admit(0, range);
+            let gate = match admitted {
+                Admitted::Go => break,
+                Admitted::Held(gate) => gate,
+            };
+            let bell = Arc::new((Mutex::new(false), Condvar::new()));
+            let there = Arc::clone(&bell);
+            let resume = move || {
+                *there.0.lock().unwrap() = true;
+                there.1.notify_all();
+            };
+            gate.hold(range, Box::new(resume));
+            let mut resumed = bell.0.lock().unwrap();
+            while !*resumed {
+                resumed = bell.1.wait(resumed).unwrap();
+            }
+        }
+        self.disk.land(sector, STEPS[step]);
+        lane.finish(0);
+        self.acked[sector].store(step as u64, Ordering::SeqCst);
+    }
+}
+
+fn now(steps: &Steps) -> [u64; SECTORS] {
+    std::array::from_fn(|i| steps[i].load(Ordering::SeqCst))
+}
+
+/// The step that a sector of an image shows; it must be whole.
+fn step(data: &[u8]) -> u64 {
+    assert!(data.iter().all(|byte| *byte == data[0]), "torn sector");
+    STEPS.iter().position(|value| *value == data[0]).unwrap() as u64
+}
+
+fn image(scene: &Scene, read: impl Fn(&Point, &mut [u8]) -> Result<(), PointError>) -> Option<[u64; SECTORS]> {
+    let cluster = Granularity::new(CLUSTER).unwrap();
+    let point = Point::prepare(&scene.node, Wanted::All, cluster).unwrap();
+    let mut begun = scene.node.tracker.begin();
+    begun.arm(point.gate());
+    let acked = now(&scene.acked);
+    let cut = commit(vec![begun]).unwrap().remove(0);
+    let issued = now(&scene.issued);
+    point.attach(cut.pre_cut);
+    let saver = {
+        let point = Arc::clone(&point);
+        let done = Arc::new(shuttle::sync::atomic::AtomicBool::new(false));
+        let there = Arc::clone(&done);
+        let thread = thread::spawn(move || {
+            let mut buffer = [0; CLUSTER as usize];
+            while !there.load(Ordering::SeqCst) {
+                point.save_one(&mut buffer);
+                thread::yield_now();
+            }
+        });
+        (thread, done)
+    };
+    let mut data = [0; SIZE as usize];
+    let result = read(&point, &mut data);
+    let mut begun = scene.node.tracker.begin();
+    begun.disarm(point.gate());
+    commit(vec![begun]).unwrap();
+    point.end();
+    saver.1.store(true, Ordering::SeqCst);
+    saver.0.join().unwrap();
+    match result {
+        Err(PointError::Broken(_)) => None,
+        Err(error) => panic!("{error}"),
+        Ok(()) => {
+            let steps: [u64; SECTORS] = std::array::from_fn(|i| step(&data[i * 512..(i + 1) * 512]));
+            for i in 0..SECTORS {
+                assert!(steps[i] >= acked[i], "acknowledged before the cut, not in the image");
+                assert!(steps[i] <= issued[i], "issued after the cut, in the image");
+            }
+            Some(steps)
+        }
+    }
+}
+
+fn take_each(point: &Point, data: &mut [u8]) -> Result<(), PointError> {
+    for (i, part) in data.chunks_mut(CLUSTER as usize).enumerate() {
+        point.take(ByteRange::new(i as u64 * CLUSTER, CLUSTER), part)?;
+    }
+    Ok(())
+}
+
+fn take_all(point: &Point, data: &mut [u8]) -> Result<(), PointError> {
+    point.take(ByteRange::new(0, SIZE), data)
+}
+
+fn take_holes_first(point: &Point, data: &mut [u8]) -> Result<(), PointError> {
+    for (i, part) in data.chunks_mut(CLUSTER as usize).enumerate() {
+        let range = ByteRange::new(i as u64 * CLUSTER, CLUSTER);
+        if point.take_hole(range)? == 0 {
+            point.take(range, part)?;
+        }
+    }
+    Ok(())
+}
+
+/// Two clients, each with a sector in either cluster: a step in the first, waits, the same step in the second, waits.
+fn clients(scene: &Arc<Scene>) -> Vec<thread::JoinHandle<()>> {
+    let client = |lane: usize| {
+        let scene = Arc::clone(scene);
+        thread::spawn(move || {
+            for step in 1..STEPS.len() {
+                scene.write(lane, lane, step);
+                scene.write(lane, lane + 2, step);
+            }
+        })
+    };
+    vec![client(0), client(1)]
+}
+
+fn check(scratch: u64, read: fn(&Point, &mut [u8]) -> Result<(), PointError>, may_break: bool) {
+    shuttle::check_pct(
+        move || {
+            let scene = Scene::new(scratch);
+            let clients = clients(&scene);
+            let image = image(&scene, read);
+            assert!(image.is_some() || may_break, "scratch had room");
+            if let Some(steps) = image {
+                for (a, b) in [(steps[0], steps[2]), (steps[1], steps[3])] {
+                    assert!(a == b || a == b + 1, "not one instant: {a}, {b}");
+                }
+            }
+            clients.into_iter().for_each(|client| client.join().unwrap());
+            assert_eq!(now(&scene.acked), [2; SECTORS], "a write was lost or is still held");
+        },
+        ROUNDS,
+        4,
+    );
+}
+
+#[test]
+fn an_image_read_cluster_by_cluster_is_of_one_instant() {
+    check(1 << 20, take_each, false);
+}
+
+#[test]
+fn an_image_read_at_once_is_of_one_instant() {
+    check(1 << 20, take_all, false);
+}
+
+#[test]
+fn holes_are_holes_of_that_instant() {
+    check(1 << 20, take_holes_first, false);
+}
+
+#[test]
+fn a_point_whose_scratch_is_full_says_so_and_the_guest_goes_on() {
+    check(0, take_each, true);
+}
