@@ -4,8 +4,6 @@
 //! run with both, so that a wrong belief of a test about the protocols does not become a "bug" of blkmark.
 
 use std::fs;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
@@ -53,27 +51,21 @@ impl Daemon {
                 lab.start("blkmark", command.args(more))?
             }
             Kind::Qsd => {
-                // The listening socket is made here and handed over, so that a client can connect at once; the
-                // greeting then says that everything before it on the command line is served.
-                let listener = UnixListener::bind(&control)?;
+                // A second monitor on stdout: its greeting says that everything on the command line is served. Its
+                // stdin has to stay open, which the process sees to.
                 let mut command = tools::command("qemu-storage-daemon")?;
                 qsd_arguments(&mut command, disks);
                 command
-                    .args(["--chardev", "socket,id=control,fd=0,server=on,wait=off"])
+                    .arg("--chardev")
+                    .arg(format!("socket,id=control,path={},server=on,wait=off", control.display()))
                     .args(["--monitor", "chardev=control"])
+                    .args(["--chardev", "stdio,id=ready", "--monitor", "chardev=ready"])
                     .args(more)
-                    .stdin(Stdio::from(OwnedFd::from(listener)));
+                    .stdin(Stdio::piped());
                 lab.start("qemu-storage-daemon", &mut command)?
             }
         };
-        match kind {
-            Kind::Blkmark => {
-                process.first_line()?;
-            }
-            Kind::Qsd => {
-                Qmp::connect(&control).with_context(|| process.log_tail())?;
-            }
-        }
+        process.first_line()?;
         Ok(Daemon { kind, process, control })
     }
 

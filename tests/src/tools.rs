@@ -19,6 +19,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("debugfs", "e2fsprogs"),
     ("modprobe", "kmod"),
     ("ldd", "libc-bin"),
+    ("mount", "mount"),
+    ("setpriv", "util-linux"),
 ];
 
 /// Where `tool` is, looked for in `PATH` and in the folders of system tools.
