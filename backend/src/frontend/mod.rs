@@ -11,6 +11,25 @@
 //!        └─ Disk ── blocking read_at, write_at, flush, discard, write_zeroes, id
 //! ```
 //!
+//! ```no_run
+//! use blkmark::frontend::{Buffer, Guest, Options, Request};
+//! # fn main() -> Result<(), blkmark::frontend::FrontendError> {
+//! let mut guest = Guest::connect("drive0.sock".as_ref(), Options::default().queues(2))?;
+//! for mut queue in guest.take_queues() {
+//!     std::thread::spawn(move || {
+//!         let buffer = Buffer::slot(0, 4096);
+//!         queue.write_data(buffer.offset, &[7; 4096])?;
+//!         queue.submit(Request::Write { sector: 8, buffer }, 1)?;
+//!         queue.kick()?;
+//!         queue.wait(None)?;
+//!         let mut done = Vec::new();
+//!         queue.completions(&mut done)
+//!     });
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! Invariants: nothing that a back end writes into shared memory is trusted (a used entry that names no request in
 //! flight is an error, never a lost or a doubled completion); a call that waits also sees the back end die.
 
