@@ -7,7 +7,7 @@
 use super::file::DiskFile;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use thiserror::Error;
 
 /// The disk is the only registered file.
@@ -132,7 +132,7 @@ impl Engine {
 
     /// Reports each time `eventfd` is signalled, without it being read, until a completion says that no more will come.
     /// The descriptor must stay open until then, or until the engine is gone.
-    pub fn watch(&mut self, eventfd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+    pub fn watch(&mut self, eventfd: &impl AsRawFd, token: u64) -> io::Result<()> {
         let entry = opcode::PollAdd::new(types::Fd(eventfd.as_raw_fd()), libc::POLLIN as u32).multi(true).build();
         self.push(&entry.user_data(token))
     }

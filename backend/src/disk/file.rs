@@ -98,6 +98,9 @@ impl DiskFile {
             },
         };
         let file = File::from(fd.map_err(|error| failed(error.into()))?);
+        // On a block device io_uring would take it as a wish for EAGAIN instead of waiting.
+        let flags = rustix::fs::fcntl_getfl(&file).map_err(|error| failed(error.into()))?;
+        rustix::fs::fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(|error| failed(error.into()))?;
         let stat = rustix::fs::fstat(&file).map_err(|error| failed(error.into()))?;
         let (id, size, block, physical) = match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => {

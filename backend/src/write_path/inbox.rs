@@ -1,10 +1,10 @@
 //! What other threads tell a queue thread: the session (call descriptor, enable, stop) and gates (a held write may try
 //! again). One eventfd wakes it, on the same ring that its I/O is on.
 
-use rustix::event::EventfdFlags;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Mutex;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// One message.
 pub(super) enum Message {
@@ -21,24 +21,24 @@ pub(super) enum Message {
 /// A queue thread's inbox.
 pub(super) struct Inbox {
     messages: Mutex<Vec<Message>>,
-    wake: OwnedFd,
+    wake: EventFd,
 }
 
 impl Inbox {
     pub(super) fn new() -> io::Result<Self> {
-        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { messages: Mutex::default(), wake })
+        Ok(Self { messages: Mutex::default(), wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)? })
     }
 
-    pub(super) fn wake_fd(&self) -> BorrowedFd<'_> {
-        self.wake.as_fd()
+    /// What to watch for messages.
+    pub(super) fn wake(&self) -> &EventFd {
+        &self.wake
     }
 
     pub(super) fn send(&self, message: Message) {
         let mut messages = self.messages.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         messages.push(message);
         // Nobody reads the eventfd, its signal alone counts. Its counter takes 2^64 of them.
-        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        let _ = self.wake.write(1);
     }
 
     /// Takes all messages, in the order in which they came.

@@ -19,7 +19,7 @@ use crate::session::{Hangup, RingParts};
 use blkmark_bitmap::tracker::Admitted;
 use blkmark_bitmap::{ByteRange, Gate, Lane};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -101,8 +101,8 @@ impl QueueThread {
 
     fn serve(&mut self) -> io::Result<()> {
         let inbox = Arc::clone(&self.inbox);
-        self.engine.watch(inbox.wake_fd(), INBOX)?;
-        self.engine.watch(self.kick.as_fd(), KICK)?;
+        self.engine.watch(inbox.wake(), INBOX)?;
+        self.engine.watch(&self.kick, KICK)?;
         loop {
             self.read_inbox();
             self.take_requests();
@@ -276,13 +276,13 @@ impl QueueThread {
         match ended.token {
             // Without the inbox nobody could stop this thread.
             INBOX if refused => Err(error),
-            INBOX => self.engine.watch(Arc::clone(&self.inbox).wake_fd(), INBOX),
+            INBOX => self.engine.watch(Arc::clone(&self.inbox).wake(), INBOX),
             _ if refused => {
                 self.broken = true;
                 self.hangup.hang_up(&format_args!("'{}': cannot watch the kick descriptor: {error}", self.shared.id));
                 Ok(())
             }
-            _ => self.engine.watch(self.kick.as_fd(), KICK),
+            _ => self.engine.watch(&self.kick, KICK),
         }
     }
 

@@ -1,0 +1,222 @@
+//! The daemon: puts the rooms together, and takes them apart again in an order that loses nothing.
+//!
+//! Start: every disk is opened and locked before the first socket exists, so a daemon that cannot start leaves nothing
+//! behind. End: jobs are cancelled and their bitmaps reclaimed, the control socket closes, every accepted request is
+//! finished, the disks are synced.
+
+use crate::config::{Bitmaps, DiskOptions, ServeOptions, SocketSpec};
+use crate::disk::{DiskFile, OpenOptions};
+use crate::session::{Endpoint, Session};
+use crate::write_path::ServedDisk;
+use anyhow::{Context, Result, bail};
+use blkmark_backup::control::{Control, Settings};
+use blkmark_backup::node::Node;
+use blkmark_backup::qmp::{Events, Server};
+use blkmark_backup::scratch::ScratchSettings;
+use blkmark_backup::source::Source;
+use rustix::fs::FileType;
+use serde_json::json;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::Duration;
+
+/// How often a disk with a handed-over connection is looked at: when that ends, so does its service.
+const HANDED_OVER_LOOK: Duration = Duration::from_millis(200);
+
+/// Why a daemon ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// SIGTERM or SIGINT.
+    Signal,
+    /// `quit` on the control socket.
+    Quit,
+}
+
+struct Disk {
+    served: Arc<ServedDisk>,
+    session: Session,
+    /// One front end, once, instead of a socket.
+    handed_over: bool,
+}
+
+/// A daemon that serves.
+pub struct Daemon {
+    disks: Vec<Disk>,
+    control: Arc<Control>,
+    server: Option<Server>,
+    events: Events,
+    ends: (Sender<End>, Receiver<End>),
+}
+
+impl Daemon {
+    /// Serves all that `options` ask for. On an error nothing is left behind.
+    pub fn start(options: &ServeOptions) -> Result<Self> {
+        let mut opened = Vec::new();
+        for disk in &options.disks {
+            opened.push((disk, open(disk, options).with_context(|| format!("disk '{}'", disk.id))?));
+        }
+        let mut endpoints = Vec::new();
+        for (disk, _) in &opened {
+            endpoints.push(endpoint(&disk.socket).with_context(|| format!("disk '{}'", disk.id))?);
+        }
+        let events = Events::new();
+        let ends = channel();
+        let quit = ends.0.clone();
+        let settings = Settings {
+            roots: options.allow_paths.clone(),
+            on_quit: Box::new(move || {
+                // Nobody to tell means that the end is under way.
+                let _ = quit.send(End::Quit);
+            }),
+        };
+        let nodes = opened.iter().map(|(_, (_, node))| Arc::clone(node)).collect();
+        let control = Control::new(nodes, events.clone(), settings);
+        let server = match &options.control {
+            Some(path) => Some(Server::bind(path)?.start(Arc::clone(&control) as _, events.clone())?),
+            None => None,
+        };
+        let mut disks = Vec::new();
+        for ((options, (served, _)), endpoint) in opened.into_iter().zip(endpoints) {
+            let handed_over = matches!(endpoint, Endpoint::Connected(_));
+            let session = Session::spawn(&options.id, endpoint, Arc::clone(&served) as _)?;
+            disks.push(Disk { served, session, handed_over });
+        }
+        Ok(Self { disks, control, server, events, ends })
+    }
+
+    /// Tells [`Daemon::wait`] to return.
+    pub fn ender(&self) -> Sender<End> {
+        self.ends.0.clone()
+    }
+
+    /// The control room, for those in this process.
+    pub fn control(&self) -> &Arc<Control> {
+        &self.control
+    }
+
+    /// Returns when the daemon is told to end, or when its only front ends were handed over and are gone.
+    pub fn wait(&self) -> End {
+        let handed_over = !self.disks.is_empty() && self.disks.iter().all(|disk| disk.handed_over);
+        loop {
+            match self.ends.1.recv_timeout(HANDED_OVER_LOOK) {
+                Ok(end) => return end,
+                Err(RecvTimeoutError::Timeout) => {
+                    if handed_over && self.disks.iter().all(|disk| disk.session.is_finished()) {
+                        return End::Quit;
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => return End::Quit,
+            }
+        }
+    }
+
+    /// Ends the service. Errors name the disks that could not be synced; all else is done then too.
+    pub fn stop(mut self, end: End) -> Result<()> {
+        let reason = if end == End::Quit { "host-qmp-quit" } else { "host-signal" };
+        self.events.emit("SHUTDOWN", json!({ "guest": false, "reason": reason }));
+        self.control.shutdown();
+        if let Some(server) = self.server.take() {
+            server.stop();
+        }
+        let stoppers: Vec<_> = self.disks.iter().map(|disk| disk.session.stopper()).collect();
+        stoppers.iter().for_each(|stopper| stopper.stop());
+        let mut failed = Vec::new();
+        for disk in self.disks {
+            disk.session.join();
+            if !disk.served.disk().read_only()
+                && let Err(error) = disk.served.disk().sync()
+            {
+                failed.push(format!("could not sync '{}': {error}", disk.served.disk().path().display()));
+            }
+        }
+        if failed.is_empty() { Ok(()) } else { bail!(failed.join("; ")) }
+    }
+}
+
+/// `blkmark serve`: until a signal or `quit`.
+pub fn run(options: &ServeOptions) -> Result<()> {
+    let mut signals = signal_hook::iterator::Signals::new([libc::SIGTERM, libc::SIGINT])?;
+    let daemon = Daemon::start(options)?;
+    let ender = daemon.ender();
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        for _ in signals.forever() {
+            if ender.send(End::Signal).is_err() {
+                return;
+            }
+        }
+    })?;
+    println!("{}", ready_line(options));
+    // Not under systemd is no error.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    let end = daemon.wait();
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    tracing::info!(?end, "ending");
+    daemon.stop(end)
+}
+
+fn ready_line(options: &ServeOptions) -> String {
+    let disks: Vec<&str> = options.disks.iter().map(|disk| disk.id.as_str()).collect();
+    match &options.control {
+        Some(control) => format!("blkmark: ready, serving {}, control socket {}", disks.join(", "), control.display()),
+        None => format!("blkmark: ready, serving {}", disks.join(", ")),
+    }
+}
+
+fn endpoint(socket: &SocketSpec) -> Result<Endpoint> {
+    match socket {
+        SocketSpec::Path(path) => Ok(Endpoint::bind(path)?),
+        SocketSpec::Fd(fd) => {
+            // SAFETY: only borrowed for one call, which fails cleanly on a number that is no descriptor.
+            let borrowed = unsafe { BorrowedFd::borrow_raw(*fd) };
+            let fd: OwnedFd = borrowed.try_clone_to_owned().with_context(|| format!("descriptor {fd}"))?;
+            Ok(Endpoint::adopt(fd)?)
+        }
+    }
+}
+
+fn open(disk: &DiskOptions, options: &ServeOptions) -> Result<(Arc<ServedDisk>, Arc<Node>)> {
+    if let Bitmaps::At(_) = disk.bitmaps {
+        bail!("bitmaps=PATH: this version keeps bitmaps in memory only; leave the key out");
+    }
+    let open = OpenOptions { path: disk.path.clone(), read_only: disk.read_only, direct: disk.direct };
+    let file = Arc::new(DiskFile::open(&open)?);
+    let scratch = ScratchSettings {
+        directory: scratch_directory(disk, options)?,
+        cap: disk.scratch_size.unwrap_or_else(|| file.size()),
+    };
+    let serial = disk.serial.as_deref().unwrap_or(&disk.id);
+    let served = Arc::new(ServedDisk::new(&disk.id, Arc::clone(&file), serial, disk.queues, disk.queue_size));
+    let node = Node {
+        id: disk.id.clone(),
+        path: disk.path.clone(),
+        read_only: disk.read_only,
+        tracker: Arc::clone(served.tracker()),
+        source: file,
+        scratch,
+    };
+    Ok((served, Arc::new(node)))
+}
+
+/// Beside the disk, since that is as fast as the disk; for a device, where the operator keeps short-lived state.
+fn scratch_directory(disk: &DiskOptions, options: &ServeOptions) -> Result<PathBuf> {
+    let directory = match (&disk.scratch, &options.runtime_dir) {
+        (Some(directory), _) => directory.clone(),
+        (None, runtime) => {
+            let stat = rustix::fs::stat(&disk.path)?;
+            match (FileType::from_raw_mode(stat.st_mode), runtime) {
+                (FileType::BlockDevice, Some(runtime)) => runtime.clone(),
+                (FileType::BlockDevice, None) => std::env::temp_dir(),
+                _ => {
+                    let path = std::fs::canonicalize(&disk.path)?;
+                    path.parent().unwrap_or(Path::new("/")).to_owned()
+                }
+            }
+        }
+    };
+    if !directory.is_dir() {
+        bail!("scratch={}: there is no such directory", directory.display());
+    }
+    Ok(directory)
+}
