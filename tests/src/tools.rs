@@ -2,7 +2,7 @@
 //!
 //! A tool that is missing is a failure with its name and the package that brings it, never a skipped test.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -40,6 +40,19 @@ pub fn find(tool: &str) -> Result<PathBuf> {
 /// A command for `tool`, or the error that names what is missing.
 pub fn command(tool: &str) -> Result<Command> {
     Ok(Command::new(find(tool)?))
+}
+
+/// A program of the Python environment that `scripts/setup` makes: `BLKMARK_PYTHON_BIN`, or `target/python/bin`.
+pub fn python(program: &str) -> Result<Command> {
+    let folder = match std::env::var_os("BLKMARK_PYTHON_BIN") {
+        Some(folder) => PathBuf::from(folder),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("target").join("python/bin"),
+    };
+    let file = folder.join(program);
+    if !file.exists() {
+        bail!("{} is missing: run scripts/setup, which makes a Python environment with qemu.qmp", file.display());
+    }
+    Ok(Command::new(file))
 }
 
 /// What a tool answered.

@@ -3,10 +3,9 @@
 //! QEMU's own Python package `qemu.qmp` 0.0.6, as a library and as `qmp-shell`, adds a bitmap, takes a backup, waits for
 //! its events and queries. The same is told to `qemu-storage-daemon`, so that the scripts are right about QMP.
 
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use blkmark_tests::daemon::{Daemon, Kind};
 use blkmark_tests::lab::{Lab, MIB};
 use blkmark_tests::{images, tools};
@@ -32,27 +31,13 @@ fn qmp_shell_works_with_qemu_storage_daemon() -> Result<()> {
     qmp_shell_works(Kind::Qsd)
 }
 
-/// A program of the Python environment that `scripts/setup` makes.
-fn python(program: &str) -> Result<Command> {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
-    let folder = match std::env::var_os("BLKMARK_PYTHON_BIN") {
-        Some(folder) => PathBuf::from(folder),
-        None => root.parent().context("no workspace folder")?.join("target/python/bin"),
-    };
-    let file = folder.join(program);
-    if !file.exists() {
-        bail!("{} is missing: run scripts/setup, which makes a Python environment with qemu.qmp", file.display());
-    }
-    Ok(Command::new(file))
-}
-
 fn the_python_client_works(kind: Kind) -> Result<()> {
     let lab = Lab::new()?;
     let disk = lab.filled_disk("drive0", 4 * MIB)?;
     let daemon = Daemon::start(kind, &lab, std::slice::from_ref(&disk))?;
     let script = lab.write("client.py", include_str!("clients_qmp/client.py"))?;
     let target = lab.path("full.qcow2");
-    let said = tools::run(python("python")?.arg(script).arg(daemon.control()).arg(&target))?;
+    let said = tools::run(tools::python("python")?.arg(script).arg(daemon.control()).arg(&target))?;
     ensure!(said.trim_end().ends_with("all is well"), "the script said:\n{said}");
     images::assert_sound(&target)?;
     images::assert_equal(&target, &disk.path)?;
@@ -80,7 +65,7 @@ block-dirty-bitmap-add node=drive0 name=b0
     );
     let file = lab.write("orders", orders)?;
     // The shell keeps a history in the home folder.
-    let output = python("qmp-shell")?
+    let output = tools::python("qmp-shell")?
         .arg("-v")
         .arg(daemon.control())
         .env("HOME", lab.folder())

@@ -46,6 +46,11 @@ pub struct Answer {
     pub output: String,
 }
 
+/// Fails with the name of what is missing for a guest to boot.
+pub fn require() -> Result<()> {
+    initramfs::build(&boot::Image::from_environment()?).map(drop)
+}
+
 impl Guest {
     /// Boots a guest with these disks as `/dev/vda`, `/dev/vdb`, ... and returns when it takes orders.
     pub fn boot(lab: &Lab, disks: &[Disk]) -> Result<Guest> {
