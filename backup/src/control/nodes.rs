@@ -212,18 +212,19 @@ pub(super) fn add(control: &Control, arguments: Arguments) -> Result<Value, QmpE
     let mut arguments = options::nested(arguments)?;
     let description = describe(&mut arguments)?;
     arguments.finish()?;
-    let Some(name) = description.name.clone() else {
+    if description.name.is_none() {
         return Err(QmpError::generic("'node-name' must be specified for the root node"));
-    };
+    }
     let mut made = Vec::new();
-    make(control, description, name, false, &mut made)?;
+    make(control, description, false, &mut made)?;
     // Somebody else may have taken a name meanwhile; then all that was opened here is closed again.
     let taken = {
         let mut targets = control.targets();
-        let taken = made.iter().map(|node: &Arc<TargetNode>| &node.name).find(|name| {
-            !name.is_empty() && (targets.iter().any(|node| node.name == **name) || control.disk(name).is_some())
+        let names = || made.iter().map(|node: &Arc<TargetNode>| node.name.clone()).filter(|name| !name.is_empty());
+        let taken = names().find(|name| {
+            targets.iter().any(|node| node.name == *name) || names().filter(|other| other == name).count() > 1
         });
-        match taken.cloned() {
+        match taken {
             None => {
                 targets.append(&mut made);
                 None
@@ -241,15 +242,16 @@ pub(super) fn add(control: &Control, arguments: Arguments) -> Result<Value, QmpE
 fn make(
     control: &Control,
     description: Description,
-    name: String,
     inner: bool,
     made: &mut Vec<Arc<TargetNode>>,
 ) -> Result<Arc<TargetNode>, QmpError> {
-    let Description { driver, read_only, file, .. } = description;
+    let Description { name, driver, read_only, file } = description;
     let policy = control.policy();
-    if !name.is_empty() {
-        control.check_new_name(&name)?;
+    if let Some(name) = &name {
+        control.check_new_name(name)?;
     }
+    // Only a node within another can be without a name.
+    let name = name.unwrap_or_default();
     let (path, opened, file) = match file {
         FileOf::Path(path) => {
             check_kind(driver, &path)?;
@@ -259,9 +261,8 @@ fn make(
         FileOf::Described(description) if description.driver_is_protocol() => {
             let FileOf::Path(path) = &description.file else { unreachable!("protocols have paths") };
             let path = path.clone();
-            let child_name = description.name.clone().unwrap_or_default();
             let read_only_below = description.read_only;
-            let child = make(control, *description, child_name, true, made)?;
+            let child = make(control, *description, true, made)?;
             let claim = Claim::take(&child, Use::FileOf(name.clone()))?;
             let opened = borrow(&child, driver, read_only || read_only_below, &policy)?;
             (path, opened, Some((child, claim)))

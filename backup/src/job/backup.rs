@@ -123,8 +123,14 @@ impl From<PointError> for Failure {
 }
 
 impl Backup {
-    /// Copies until all is in the target and durable there, or until it is over otherwise. Blocks.
-    pub fn run(&self, control: &CopyControl, on_error: &(dyn Fn(Side, &io::Error) -> Action + Sync)) -> Outcome {
+    /// Copies until all is in the target and durable there, or until it is over otherwise. Blocks. `on_error` decides
+    /// about a failed read or write; `on_fatal` hears of an error of the target that nothing can be done about.
+    pub fn run(
+        &self,
+        control: &CopyControl,
+        on_error: &(dyn Fn(Side, &io::Error) -> Action + Sync),
+        on_fatal: &dyn Fn(&io::Error),
+    ) -> Outcome {
         let plan = self.held.point.clusters();
         let copied = match self.content {
             Content::Wanted => {
@@ -132,7 +138,7 @@ impl Backup {
             }
             Content::Overwritten => self.follow(control, on_error),
         };
-        let result = copied.and_then(|()| self.conclude(on_error));
+        let result = copied.and_then(|()| self.conclude(on_fatal));
         let kept = match &result {
             Ok(()) => true,
             // What was copied is to count, so it has to be as durable as if it were all.
@@ -148,9 +154,9 @@ impl Backup {
     }
 
     /// No second try: after a failed fsync nobody knows what the target holds.
-    fn conclude(&self, on_error: &(dyn Fn(Side, &io::Error) -> Action + Sync)) -> Result<(), Failure> {
+    fn conclude(&self, on_fatal: &dyn Fn(&io::Error)) -> Result<(), Failure> {
         self.target.conclude().map_err(|error| {
-            on_error(Side::Target, &error);
+            on_fatal(&error);
             Failure::Error(os_text(&error))
         })
     }

@@ -45,7 +45,8 @@ pub(super) fn launch(
                 Some(error) => failed(&backup, error),
                 // A bug in a target must not leave a job that never ends and a bitmap that stays busy.
                 None => catch_unwind(AssertUnwindSafe(|| {
-                    backup.run(&control, &|side, error| on_error(&jobs, key, side, error))
+                    let decide = |side, error: &io::Error| on_error(&jobs, key, side, error);
+                    backup.run(&control, &decide, &|error| on_fatal(&jobs, key, error))
                 }))
                 .unwrap_or_else(|_| failed(&backup, "internal error".to_owned())),
             };
@@ -63,29 +64,47 @@ fn failed(backup: &Backup, error: String) -> Outcome {
     Outcome { result: Err(Failure::Error(error)), uncopied: backup.held.point.clusters() }
 }
 
-/// An error of a read or write: tells of it, and says how to go on.
+/// An error of a read or write: tells of it, and says how to go on. Several workers may fail at the same time; what is
+/// told is the first error.
 fn on_error(jobs: &Jobs, key: u64, side: Side, error: &io::Error) -> Action {
     let mut inner = lock(&jobs.inner);
-    let Some(entry) = inner.entry(key).filter(|entry| !entry.cancelled) else { return Action::Report };
+    let Some(entry) = inner.entry(key).filter(|entry| !entry.cancelled && !entry.failing) else {
+        return Action::Report;
+    };
     let policy = match side {
         Side::Source => entry.settings.on_source_error,
         Side::Target => entry.settings.on_target_error,
     };
     let reaction = policy.reaction(error);
-    tracing::warn!(job = entry.id(), ?side, %error, action = reaction.name(), "I/O error");
-    events::error(&jobs.events, entry, side, reaction);
+    if reaction == Reaction::Stop && entry.user_paused && entry.io_status != IoStatus::Ok {
+        return Action::Retry;
+    }
+    tell(jobs, entry, side, error, reaction);
     match reaction {
-        Reaction::Report => Action::Report,
+        Reaction::Report => {
+            entry.failing = true;
+            Action::Report
+        }
         Reaction::Ignore => Action::Retry,
         Reaction::Stop => {
-            if entry.io_status == IoStatus::Ok {
-                entry.io_status = IoStatus::of(error);
-            }
+            entry.io_status = IoStatus::of(error);
             // Paused here, under the lock, so that a resume that comes at once is not overtaken.
             jobs.rest(entry);
             Action::Retry
         }
     }
+}
+
+/// An error that no policy can help with.
+fn on_fatal(jobs: &Jobs, key: u64, error: &io::Error) {
+    if let Some(entry) = lock(&jobs.inner).entry(key) {
+        tell(jobs, entry, Side::Target, error, Reaction::Report);
+    }
+}
+
+fn tell(jobs: &Jobs, entry: &Entry, side: Side, error: &io::Error, reaction: Reaction) {
+    tracing::warn!(job = entry.id(), ?side, %error, action = reaction.name(), "I/O error");
+    events::error(&jobs.events, entry, side, reaction);
 }
 
 fn come_back(jobs: &Jobs, key: u64, held: Held, outcome: Outcome) {

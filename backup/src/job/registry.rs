@@ -127,6 +127,8 @@ pub(super) struct Entry {
     pub(super) speed: u64,
     /// It shall end as cancelled, however its thread comes back.
     pub(super) cancelled: bool,
+    /// An error was reported that ends it.
+    pub(super) failing: bool,
     /// Set when its thread is through with it, together with `held`.
     pub(super) outcome: Option<Outcome>,
     pub(super) held: Option<Held>,
@@ -455,6 +457,7 @@ impl Locked<'_> {
                 user_paused: false,
                 io_status: IoStatus::Ok,
                 cancelled: false,
+                failing: false,
                 outcome: None,
                 held: None,
                 endless: endless.then(|| (Arc::clone(&backup.held.node), Arc::clone(&backup.held.point))),

@@ -54,6 +54,9 @@ impl Source for FileSource {
     }
 }
 
+/// A bitmap's name, count, hash, and whether it records and is busy.
+pub type Shown = (String, u64, String, bool, bool);
+
 /// A served disk with a guest that writes as the write path does.
 pub struct Disk {
     pub node: Arc<Node>,
@@ -112,8 +115,8 @@ impl Disk {
         bits.runs().flat_map(|run| run.start() / CLUSTER..run.end().div_ceil(CLUSTER)).collect()
     }
 
-    /// Each bitmap's name, count, hash and states: what a refused command may not change.
-    pub fn bitmaps(&self) -> Vec<(String, u64, String, bool, bool)> {
+    /// What a refused command may not change.
+    pub fn bitmaps(&self) -> Vec<Shown> {
         let tracker = &self.node.tracker;
         let show = |b: blkmark_bitmap::BitmapInfo| {
             let hash = tracker.bits(&b.name).unwrap().sha256();
