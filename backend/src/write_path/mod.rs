@@ -8,6 +8,8 @@ mod inbox;
 mod queue;
 mod served;
 mod stage;
+#[cfg(test)]
+mod stage_tests;
 mod table;
 
 pub use served::ServedDisk;

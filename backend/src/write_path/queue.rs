@@ -233,7 +233,8 @@ impl QueueThread {
             let index = self.ready[at];
             let place = self.table.place(index);
             if let Some(request) = &place.request {
-                place.stage.begin(request, &place.iovecs, alignment);
+                let range = ByteRange::new(request.offset, request.len);
+                place.stage.begin(request.kind, range, &place.iovecs, alignment);
                 self.queue_operation(index)?;
             }
         }

@@ -4,9 +4,10 @@
 //! A result that is short leads to another operation for what remains, never to a request that counts as done. What a
 //! file system cannot do (EOPNOTSUPP) has a slower way with the same outcome.
 
-use crate::device::request::{Kind, Request};
+use crate::device::request::Kind;
 use crate::disk::Operation;
 use blkmark_backup::buffer::AlignedBuffer;
+use blkmark_bitmap::ByteRange;
 use libc::iovec;
 use std::sync::OnceLock;
 
@@ -62,8 +63,8 @@ impl Stage {
     }
 
     /// Begins a request; `memory_alignment` is what the disk wants of the memory in `iovecs`.
-    pub(super) fn begin(&mut self, request: &Request, iovecs: &[iovec], memory_alignment: u32) {
-        self.way = match request.kind {
+    pub(super) fn begin(&mut self, kind: Kind, range: ByteRange, iovecs: &[iovec], memory_alignment: u32) {
+        self.way = match kind {
             Kind::Read => Way::Read,
             Kind::Write => Way::Write,
             Kind::Discard => Way::Discard,
@@ -71,12 +72,12 @@ impl Stage {
             Kind::WriteZeroes { unmap: false } => Way::ZeroRange,
             Kind::Flush | Kind::GetId => Way::Sync,
         };
-        (self.offset, self.len, self.done) = (request.offset, request.len, 0);
+        (self.offset, self.len, self.done) = (range.start(), range.len(), 0);
         self.pieces.clear();
         let aligned = |piece: &iovec| (piece.iov_base.addr() | piece.iov_len) & (memory_alignment as usize - 1) == 0;
         self.bounce = None;
         if matches!(self.way, Way::Read | Way::Write) && !iovecs.iter().all(aligned) {
-            self.bounce = Some(AlignedBuffer::new((request.len as usize).min(BOUNCE)));
+            self.bounce = Some(AlignedBuffer::new((range.len() as usize).min(BOUNCE)));
         }
     }
 
