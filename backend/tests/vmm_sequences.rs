@@ -9,7 +9,7 @@
 mod support;
 
 use support::disk::Event;
-use support::guest::{event, protocol_bit};
+use support::guest::{event, protocol_bit, wait_readable_event};
 use support::{Guest, MemoryDisk, Served};
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
@@ -159,7 +159,10 @@ fn qemu_masks_interrupts_and_switches_descriptors_while_rings_run() {
     // signal that was missed comes after all.
     vmm.set_vring_call(0, &event()).unwrap();
     guest.ring(0).submit(1, 9, &[3; 512]);
-    vmm.set_vring_call(0, &guest.ring(0).call()).unwrap();
+    guest.ring(0).poll_used(1);
+    let unmasked = guest.ring(0).renew_call();
+    vmm.set_vring_call(0, &unmasked).unwrap();
+    wait_readable_event(&unmasked, "the signal that was missed");
     assert_eq!(guest.ring(0).complete(0).0, 0);
     // Another ioeventfd.
     vmm.set_vring_kick(0, &guest.ring(0).renew_kick()).unwrap();

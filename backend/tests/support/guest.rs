@@ -249,7 +249,7 @@ impl Ring {
         let call = self.call();
         let want = self.state.lock().unwrap().used.wrapping_add(1);
         while self.used_idx() != want {
-            wait_readable(borrow(&call), "a completion");
+            wait_readable_event(&call, "a completion");
             let _ = call.read();
         }
         self.state.lock().unwrap().used = want;
@@ -277,9 +277,10 @@ pub fn event() -> EventFd {
     EventFd::new(libc::EFD_NONBLOCK).unwrap()
 }
 
-fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+/// Waits until an event has been signalled; panics if that never comes.
+pub fn wait_readable_event(event: &EventFd, what: &str) {
     // SAFETY: the descriptor is open as long as `event` is.
-    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+    wait_readable(unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }, what);
 }
 
 /// Waits until a descriptor is readable or hung up; panics if that never comes.

@@ -127,7 +127,8 @@ fn requests_of_a_batch_share_one_vector() {
     mem.write_slice(&header(1, 0), GuestAddress(HEAD)).unwrap();
     let mut iovecs = Vec::new();
     for n in 0..3 {
-        let chain = ended(plain(Some(readable(DATA, 512))));
+        // Each right behind the one before.
+        let chain = ended(plain(Some(readable(DATA + 512 * n as u64, 512))));
         let r = request(parse(chain.into_iter(), &mem, &DISK, &mut iovecs));
         assert_eq!(r.iovecs, n..n + 1, "never merged with the request before");
     }
@@ -353,6 +354,12 @@ fn length_count_and_pieces_are_bounded() {
     assert_eq!(request(many(1022, writable(DATA, 512))).len, 1022 * 512);
     assert_eq!(many(1023, writable(DATA, 512)), Parsed::Broken);
     assert_eq!(many(100_000, writable(DATA, 512)), Parsed::Broken);
+
+    let roomy = || GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 256 << 20)]).unwrap();
+    let disk = Bounds { capacity: 1 << 40, read_only: false };
+    let of = |len| run_on(&disk, roomy(), header(1, 0), plain(Some(readable(DATA, len)))).0;
+    assert_eq!(request(of(128 << 20)).len, MAX_DATA);
+    assert_eq!(code(&of((128 << 20) + 512)), Some(IOERR));
 
     let huge = |len| status_of(header(1, 0), plain(Some(readable(DATA, len))));
     assert_eq!(huge(u32::MAX), Some(IOERR));
