@@ -87,7 +87,7 @@ fn a_crowd_of_clients_leaves_nothing_behind() {
                 scope.spawn(move || {
                     let mut dice = Dice(client);
                     let mut accepted = 0;
-                    for _ in 0..500 {
+                    for _ in 0..2000 {
                         let (command, arguments) = random_command(&mut dice);
                         accepted += u32::from(lab.run(command, arguments).is_ok());
                     }

@@ -314,6 +314,12 @@ fn a_file_made_for_one_job_goes_when_another_of_the_transaction_is_refused() {
     let actions = json!([action("one", "d0", &good, "qcow2"), action("two", "d1", &bad, "raw")]);
     let text = format!("Could not create '{bad}': No such file or directory");
     refuses(&lab, "transaction", &[(json!({ "actions": actions }), &text)]);
+    // What a file held that would have been replaced is still in it.
+    let precious = lab.path("precious.img");
+    std::fs::write(&precious, "last week's backup").unwrap();
+    let actions = json!([action("one", "d0", &precious, "raw"), action("two", "d1", &bad, "raw")]);
+    refuses(&lab, "transaction", &[(json!({ "actions": actions }), &text)]);
+    assert_eq!(std::fs::read(&precious).unwrap(), b"last week's backup");
 }
 
 #[test]

@@ -13,10 +13,11 @@ use crate::job::{Backup, BitmapMode, Content, Hold, JobError, NewJob, Reservatio
 use crate::node::Node;
 use crate::point::{Point, Wanted};
 use crate::qmp::{Arguments, QmpError};
-use crate::target::{self, CreateOptions, Format, Target};
+use crate::target::{self, CreateOptions, Format, Target, TargetError};
 use blkmark_bitmap::Granularity;
 use serde_json::Value;
 use std::any::Any;
+use std::io::ErrorKind;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -140,16 +141,25 @@ impl BackupAction {
         matches!(self.destination, Destination::Path { .. })
     }
 
-    /// Opens or makes the file, with no lock held. What made no sense was refused before.
-    pub(super) fn open(&mut self, control: &Control) -> Result<(), QmpError> {
+    /// Opens or makes the file, with no lock held. What made no sense was refused before. A file that is there already
+    /// and would be emptied is left alone unless `overwrite`: that cannot be undone, so it is done last.
+    pub(super) fn open(&mut self, control: &Control, overwrite: bool) -> Result<(), QmpError> {
         let Destination::Path { path, format, existing, opened } = &mut self.destination else { return Ok(()) };
+        if opened.0.is_some() {
+            return Ok(());
+        }
         let format = format_of(path, format.as_deref(), *existing)?;
         let policy = control.policy();
         let target = if *existing {
             target::open(path, format, &policy)?
         } else {
             let size = control.device(&self.device)?.tracker.size();
-            target::create(path, format, &CreateOptions { overwrite: true, ..CreateOptions::new(size) }, &policy)?
+            match target::create(path, format, &CreateOptions { overwrite, ..CreateOptions::new(size) }, &policy) {
+                Err(TargetError::Create { source, .. }) if !overwrite && source.kind() == ErrorKind::AlreadyExists => {
+                    return Ok(());
+                }
+                made => made?,
+            }
         };
         opened.0 = Some(target.into());
         Ok(())

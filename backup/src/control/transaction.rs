@@ -131,9 +131,11 @@ pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) ->
         let locked = control.jobs.lock();
         walk(&mut Stage::new(control, &locked, false), &locked, &mut actions)?;
         drop(locked);
-        for action in &mut actions {
-            if let Action::Backup(backup) = action {
-                backup.open(control)?;
+        for overwrite in [false, true] {
+            for action in &mut actions {
+                if let Action::Backup(backup) = action {
+                    backup.open(control, overwrite)?;
+                }
             }
         }
     }

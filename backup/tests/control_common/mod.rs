@@ -81,7 +81,11 @@ impl Disk {
 
     /// A guest's write: admitted, marked, done; held while a point in time saves what was there.
     pub fn write(&self, offset: u64, len: u64, byte: u8) {
-        let range = ByteRange::new(offset, len);
+        self.write_bytes(offset, &vec![byte; len as usize]);
+    }
+
+    pub fn write_bytes(&self, offset: u64, bytes: &[u8]) {
+        let range = ByteRange::new(offset, bytes.len() as u64);
         let mut lane = self.lane.lock().unwrap();
         loop {
             let admitted = lane.enter().admit(0, range);
@@ -94,7 +98,7 @@ impl Disk {
                 }
             }
         }
-        self.source.file.write_all_at(&vec![byte; len as usize], offset).unwrap();
+        self.source.file.write_all_at(bytes, offset).unwrap();
         lane.finish(0);
     }
 
