@@ -12,13 +12,16 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use blkmark::frontend::{Disk as Attached, Guest, Options};
+use blkmark_tests::beside::{Stop, beside};
 use blkmark_tests::daemon::{Daemon, Kind};
 use blkmark_tests::images;
 use blkmark_tests::lab::{Disk, Lab, MIB};
+use blkmark_tests::process::GIVE_UP;
 use blkmark_tests::qmp::Qmp;
 use serde_json::{Value, json};
 
@@ -34,7 +37,6 @@ struct Progress {
     issued: AtomicU64,
     /// The last number that both disks have acknowledged.
     acked: AtomicU64,
-    stop: AtomicBool,
 }
 
 #[test]
@@ -58,13 +60,8 @@ fn cuts_are_one_instant(kind: Kind, rounds: u64) -> Result<()> {
     let mut qmp = daemon.qmp()?;
     let mut attached = [attach(&disks[0])?, attach(&disks[1])?];
     let progress = Progress::default();
-    std::thread::scope(|scope| {
-        let writer = scope.spawn(|| write_numbers(&mut attached, &progress));
-        let cuts = cut_again_and_again(&lab, &mut qmp, &progress, rounds);
-        progress.stop.store(true, Ordering::Relaxed);
-        writer.join().map_err(|_| anyhow::anyhow!("the writer panicked"))??;
-        cuts
-    })?;
+    let write = |stop: &Stop| write_numbers(&mut attached, &progress, stop);
+    beside(vec![Box::new(write)], || cut_again_and_again(&lab, &mut qmp, &progress, rounds))?;
     drop(attached);
     daemon.stop()?;
     Ok(())
@@ -74,10 +71,10 @@ fn attach(disk: &Disk) -> Result<Attached> {
     Ok(Guest::connect(&disk.socket, Options::default())?.into_disk()?)
 }
 
-fn write_numbers(disks: &mut [Attached; 2], progress: &Progress) -> Result<()> {
+fn write_numbers(disks: &mut [Attached; 2], progress: &Progress, stop: &Stop) -> Result<()> {
     let mut block = vec![0u8; BLOCK];
     for n in 1u64.. {
-        if progress.stop.load(Ordering::Relaxed) {
+        if stop.is_due() {
             break;
         }
         for word in block.chunks_exact_mut(8) {
@@ -97,7 +94,7 @@ fn cut_again_and_again(lab: &Lab, qmp: &mut Qmp, progress: &Progress, rounds: u6
     for round in 0..rounds {
         let mode = if round % 2 == 0 { "individual" } else { "grouped" };
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        await_writes(progress, 50 + (random >> 33) % 1000);
+        await_writes(progress, 50 + (random >> 33) % 1000)?;
 
         let full = |disk: &str| lab.path(&format!("{disk}-{round}-full.qcow2"));
         let bitmap = format!("b{round}");
@@ -119,7 +116,7 @@ fn cut_again_and_again(lab: &Lab, qmp: &mut Qmp, progress: &Progress, rounds: u6
         let cut = cut(qmp, progress, mode, actions)?;
         check(&full("a"), &full("b"), cut).with_context(|| format!("round {round}, full, {mode}"))?;
 
-        await_writes(progress, 50 + (random >> 43) % 1000);
+        await_writes(progress, 50 + (random >> 43) % 1000)?;
         let increment = |disk: &str| lab.path(&format!("{disk}-{round}-inc.qcow2"));
         let mut actions = Vec::new();
         for disk in ["a", "b"] {
@@ -145,11 +142,14 @@ fn cut_again_and_again(lab: &Lab, qmp: &mut Qmp, progress: &Progress, rounds: u6
 }
 
 /// Lets the client write some more numbers.
-fn await_writes(progress: &Progress, more: u64) {
+fn await_writes(progress: &Progress, more: u64) -> Result<()> {
     let goal = progress.acked.load(Ordering::SeqCst) + more;
-    while progress.acked.load(Ordering::SeqCst) < goal && !progress.stop.load(Ordering::Relaxed) {
+    let deadline = Instant::now() + GIVE_UP;
+    while progress.acked.load(Ordering::SeqCst) < goal {
+        ensure!(Instant::now() < deadline, "the writer makes no progress");
         std::thread::yield_now();
     }
+    Ok(())
 }
 
 /// Orders a transaction and waits for its two jobs; the last number acknowledged before it and issued after it.

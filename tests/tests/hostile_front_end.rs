@@ -8,11 +8,11 @@
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use blkmark::frontend::{Buffer, Descriptor, FrontendError, Guest, Options, Queue, RawQueue, Request, Wait};
+use blkmark_tests::beside::{Stop, beside};
 use blkmark_tests::daemon::Daemon;
 use blkmark_tests::lab::{Disk, Lab, MIB};
 
@@ -197,7 +197,9 @@ const BROKEN_RINGS: &[(&str, Scenario)] = &[
     ("addresses beyond memory", |raw| {
         let inside = raw.data_address();
         header(raw, WRITE_REQUEST, 0)?;
-        for (round, address) in [0, 1, inside - (1 << 40), u64::MAX, u64::MAX - 511, 1 << 63].into_iter().enumerate() {
+        for (round, address) in
+            [0, 1, inside.wrapping_sub(1 << 40), u64::MAX, u64::MAX - 511, 1 << 63].into_iter().enumerate()
+        {
             let at = round as u16 * 3;
             raw.set_descriptor(at, Descriptor { address: inside, len: 16, flags: NEXT, next: at + 1 })?;
             raw.set_descriptor(at + 1, Descriptor { address, len: 512, flags: NEXT, next: at + 2 })?;
@@ -423,26 +425,22 @@ fn beside_a_decent_guest(story: impl FnOnce(&Disk) -> Result<()>) -> Result<()> 
     let disks = [lab.filled_disk("attacked", SIZE)?, lab.filled_disk("decent", SIZE)?];
     let mut model = disks[1].content()?;
     let mut daemon = Daemon::blkmark(&lab, &disks)?;
-    let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let decent = scope.spawn(|| use_decently(&disks[1], &mut model, &stop));
+    let decent = |stop: &Stop| use_decently(&disks[1], &mut model, stop);
+    beside(vec![Box::new(decent)], || {
         let told = story(&disks[0]);
-        stop.store(true, Ordering::Relaxed);
-        let decent = decent.join().map_err(|_| anyhow!("the decent guest panicked"))?;
         daemon.assert_running()?;
-        told?;
-        decent.context("the decent guest on the other disk")
+        told
     })?;
     daemon.stop()?;
     ensure!(disks[1].content()? == model, "the other disk does not hold what was written to it");
     Ok(())
 }
 
-fn use_decently(disk: &Disk, model: &mut [u8], stop: &AtomicBool) -> Result<()> {
+fn use_decently(disk: &Disk, model: &mut [u8], stop: &Stop) -> Result<()> {
     let mut client = Guest::connect(&disk.socket, Options::default())?.into_disk()?;
     let mut random = Random(0x1234_5678_9abc_def1);
     let mut found = vec![0; 4096];
-    while !stop.load(Ordering::Relaxed) {
+    while !stop.is_due() {
         let at = random.below(SIZE / 4096) as usize * 4096;
         client.read_at(&mut found, at as u64)?;
         ensure!(found == model[at..at + 4096], "byte {at} and on changed behind the guest's back");

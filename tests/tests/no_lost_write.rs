@@ -11,14 +11,16 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use blkmark::frontend::{Buffer, Guest, Options, Queue, Request, Wait};
+use blkmark_tests::beside::{Stop, Worker, beside};
 use blkmark_tests::daemon::{Daemon, Kind};
 use blkmark_tests::images;
 use blkmark_tests::lab::{Lab, MIB};
+use blkmark_tests::process::GIVE_UP;
 use blkmark_tests::qmp::{JobEnd, Qmp};
 use serde_json::json;
 
@@ -52,18 +54,12 @@ fn no_write_is_lost(kind: Kind, rounds: u32) -> Result<()> {
     add(&mut qmp, "piece0", 32768)?;
 
     let mut guest = Guest::connect(&disk.socket, Options::default().queues(2))?;
-    let stop = AtomicBool::new(false);
     let writes = AtomicU64::new(0);
-    let last = std::thread::scope(|scope| {
-        let writers: Vec<_> =
-            guest.take_queues().into_iter().map(|queue| scope.spawn(|| keep_busy(queue, &stop, &writes))).collect();
-        let taken = take_chain(&lab, &mut qmp, &before, &writes, rounds);
-        stop.store(true, Ordering::Relaxed);
-        for writer in writers {
-            writer.join().map_err(|_| anyhow!("a writer panicked"))??;
-        }
-        taken
-    })?;
+    let writers = guest.take_queues().into_iter().map(|queue| {
+        let writes = &writes;
+        Box::new(move |stop: &Stop| keep_busy(queue, stop, writes)) as Worker<'_>
+    });
+    let last = beside(writers.collect(), || take_chain(&lab, &mut qmp, &before, &writes, rounds))?;
     drop(guest);
 
     let chain = lab.path("chain-last.qcow2");
@@ -93,7 +89,9 @@ fn take_chain(lab: &Lab, qmp: &mut Qmp, before: &Path, writes: &AtomicU64, round
     let mut format = "raw";
     for round in 0..rounds {
         let written = writes.load(Ordering::Relaxed);
+        let deadline = Instant::now() + GIVE_UP;
         while writes.load(Ordering::Relaxed) < written + 500 {
+            ensure!(Instant::now() < deadline, "the writers make no progress");
             std::thread::yield_now();
         }
 
@@ -159,12 +157,12 @@ fn cancel_half_way(lab: &Lab, qmp: &mut Qmp, base: &Path, format: &str, round: u
 }
 
 /// Keeps requests in flight until it is told to stop, then takes the last ones back.
-fn keep_busy(mut queue: Queue, stop: &AtomicBool, writes: &AtomicU64) -> Result<()> {
+fn keep_busy(mut queue: Queue, stop: &Stop, writes: &AtomicU64) -> Result<()> {
     let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ queue.index() as u64);
     let mut free: Vec<usize> = (0..DEPTH).collect();
     let mut done = Vec::new();
     loop {
-        let stopping = stop.load(Ordering::Relaxed);
+        let stopping = stop.is_due();
         while !stopping && let Some(slot) = free.pop() {
             let request = any_request(&mut random, slot);
             if let Request::Write { buffer, .. } = request {

@@ -8,10 +8,12 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use blkmark::frontend::{Guest, Options};
+use blkmark_tests::beside::{Stop, beside};
 use blkmark_tests::daemon::{self, Daemon};
 use blkmark_tests::lab::{Disk, Lab, MIB};
 use blkmark_tests::process::GIVE_UP;
@@ -370,29 +372,28 @@ fn beside_a_writing_guest(story: impl FnOnce(&Lab, &mut Qmp) -> Result<()>) -> R
     qmp.run("block-dirty-bitmap-disable", json!({"node": "drive0", "name": "still"}))?;
     let hash = qmp.bitmap_hash("drive0", "still")?;
 
-    let stop = AtomicBool::new(false);
     let writes = AtomicU64::new(0);
-    std::thread::scope(|scope| {
-        let writer = scope.spawn(|| -> Result<()> {
-            let mut at = 0;
-            while !stop.load(Ordering::Relaxed) {
-                at = (at + 4096 * 37) % SIZE;
-                client.write_at(&[at as u8 ^ 0x55; 4096], at)?;
-                writes.fetch_add(1, Ordering::Relaxed);
-            }
-            Ok(())
-        });
-        let told = story(&lab, &mut qmp);
-        // The guest is still served after the last mistake.
-        let goal = writes.load(Ordering::Relaxed) + 100;
-        while writes.load(Ordering::Relaxed) < goal && !writer.is_finished() {
-            std::thread::yield_now();
+    let write_on = |stop: &Stop| {
+        let mut at = 0;
+        while !stop.is_due() {
+            at = (at + 4096 * 37) % SIZE;
+            client.write_at(&[at as u8 ^ 0x55; 4096], at).context("the guest noticed")?;
+            writes.fetch_add(1, Ordering::Relaxed);
         }
-        stop.store(true, Ordering::Relaxed);
-        let written = writer.join().map_err(|_| anyhow!("the guest panicked"))?;
+        Ok(())
+    };
+    beside(vec![Box::new(write_on)], || {
+        let told = story(&lab, &mut qmp);
         daemon.assert_running()?;
         told?;
-        written.context("the guest noticed")
+        // The guest is still served after the last mistake.
+        let goal = writes.load(Ordering::Relaxed) + 100;
+        let deadline = Instant::now() + GIVE_UP;
+        while writes.load(Ordering::Relaxed) < goal {
+            ensure!(Instant::now() < deadline, "the guest is not served any more");
+            std::thread::yield_now();
+        }
+        Ok(())
     })?;
     drop(client);
 
