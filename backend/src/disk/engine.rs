@@ -33,6 +33,8 @@ pub enum Operation {
         iovecs: *const libc::iovec,
         /// How many there are.
         count: u32,
+        /// Whether it is durable when it is complete.
+        durable: bool,
     },
     /// Makes completed writes durable.
     Sync,
@@ -116,8 +118,9 @@ impl Engine {
         const KEEP_SIZE: i32 = libc::FALLOC_FL_KEEP_SIZE;
         let entry = match operation {
             Operation::Read { offset, iovecs, count } => opcode::Readv::new(DISK, iovecs, count).offset(offset).build(),
-            Operation::Write { offset, iovecs, count } => {
-                opcode::Writev::new(DISK, iovecs, count).offset(offset).build()
+            Operation::Write { offset, iovecs, count, durable } => {
+                let flags = if durable { libc::RWF_DSYNC } else { 0 };
+                opcode::Writev::new(DISK, iovecs, count).offset(offset).rw_flags(flags).build()
             }
             Operation::Sync => opcode::Fsync::new(DISK).flags(types::FsyncFlags::DATASYNC).build(),
             Operation::PunchHole { offset, len } => {

@@ -10,7 +10,7 @@
 
 use super::inbox::{Inbox, Message};
 use super::served::Shared;
-use super::stage::Outcome;
+use super::stage::{Outcome, Rules};
 use super::table::Table;
 use crate::device::request::{self as device, Bounds, Kind, Parsed, StatusPlace};
 use crate::disk::{Completion, Engine};
@@ -22,6 +22,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestAddressSpace;
 
@@ -43,6 +44,7 @@ pub(super) struct QueueThread {
     call: Option<OwnedFd>,
     hangup: Hangup,
     bounds: Bounds,
+    rules: Rules,
     enabled: bool,
     stopping: bool,
     /// The ring makes no sense; no more requests are taken from it.
@@ -61,7 +63,12 @@ impl QueueThread {
         let places = usize::from(parts.queue.size()).min(lane.slots());
         let engine = Engine::new(&shared.disk, places as u32).map_err(io::Error::other)?;
         let snapshot = Rc::new(parts.memory.memory());
+        let rules = Rules {
+            memory_alignment: shared.disk.memory_alignment(),
+            write_through: parts.features & (1 << VIRTIO_BLK_F_FLUSH) == 0,
+        };
         Ok(Self {
+            rules,
             bounds: shared.bounds,
             engine,
             lane,
@@ -228,13 +235,13 @@ impl QueueThread {
     }
 
     fn queue_operations(&mut self) -> io::Result<()> {
-        let alignment = self.shared.disk.memory_alignment();
+        let rules = self.rules;
         for at in 0..self.ready.len() {
             let index = self.ready[at];
             let place = self.table.place(index);
             if let Some(request) = &place.request {
                 let range = ByteRange::new(request.offset, request.len);
-                place.stage.begin(request.kind, range, &place.iovecs, alignment);
+                place.stage.begin(request.kind, range, &place.iovecs, rules);
                 self.queue_operation(index)?;
             }
         }

@@ -30,6 +30,16 @@ enum Way {
     WriteZeroes,
 }
 
+/// What holds for all requests of a queue.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rules {
+    /// What the disk wants of memory, in bytes.
+    pub(super) memory_alignment: u32,
+    /// The guest has no way to flush (it did not take VIRTIO_BLK_F_FLUSH), so an answer means durable (virtio 1.2,
+    /// 5.2.6.2).
+    pub(super) write_through: bool,
+}
+
 /// What follows a result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Outcome {
@@ -47,6 +57,8 @@ pub(super) struct Stage {
     offset: u64,
     len: u64,
     done: u64,
+    /// Whether a change has to be durable before it is answered.
+    durable: bool,
     /// Pieces of memory of the operation under way, where they are not the request's own.
     pieces: Vec<iovec>,
     bounce: Option<AlignedBuffer>,
@@ -59,11 +71,11 @@ fn zeroes() -> &'static AlignedBuffer {
 
 impl Stage {
     pub(super) fn idle() -> Self {
-        Self { way: Way::Sync, offset: 0, len: 0, done: 0, pieces: Vec::new(), bounce: None }
+        Self { way: Way::Sync, offset: 0, len: 0, done: 0, durable: false, pieces: Vec::new(), bounce: None }
     }
 
-    /// Begins a request; `memory_alignment` is what the disk wants of the memory in `iovecs`.
-    pub(super) fn begin(&mut self, kind: Kind, range: ByteRange, iovecs: &[iovec], memory_alignment: u32) {
+    /// Begins a request.
+    pub(super) fn begin(&mut self, kind: Kind, range: ByteRange, iovecs: &[iovec], rules: Rules) {
         self.way = match kind {
             Kind::Read => Way::Read,
             Kind::Write => Way::Write,
@@ -73,8 +85,10 @@ impl Stage {
             Kind::Flush | Kind::GetId => Way::Sync,
         };
         (self.offset, self.len, self.done) = (range.start(), range.len(), 0);
+        self.durable = rules.write_through;
         self.pieces.clear();
-        let aligned = |piece: &iovec| (piece.iov_base.addr() | piece.iov_len) & (memory_alignment as usize - 1) == 0;
+        let aligned =
+            |piece: &iovec| (piece.iov_base.addr() | piece.iov_len) & (rules.memory_alignment as usize - 1) == 0;
         self.bounce = None;
         if matches!(self.way, Way::Read | Way::Write) && !iovecs.iter().all(aligned) {
             self.bounce = Some(AlignedBuffer::new((range.len() as usize).min(BOUNCE)));
@@ -134,7 +148,7 @@ impl Stage {
         let (iovecs, count) = (pieces.as_ptr(), pieces.len() as u32);
         match self.way {
             Way::Read => Operation::Read { offset, iovecs, count },
-            _ => Operation::Write { offset, iovecs, count },
+            _ => Operation::Write { offset, iovecs, count, durable: self.durable },
         }
     }
 
@@ -155,6 +169,10 @@ impl Stage {
             };
         }
         match self.way {
+            Way::Discard | Way::ZeroRange | Way::PunchZeroes if self.durable => {
+                self.way = Way::Sync;
+                Outcome::Again
+            }
             Way::Sync | Way::Discard | Way::ZeroRange | Way::PunchZeroes => Outcome::Done,
             // The end of the file where the disk should go on: somebody cut it off.
             Way::Read | Way::Write | Way::WriteZeroes if result == 0 => Outcome::Failed(libc::EIO),

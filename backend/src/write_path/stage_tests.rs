@@ -1,7 +1,7 @@
 //! Promise: whatever the kernel answers on the way (short, interrupted, not supported), a request moves all of its bytes to
 //! the right place, or fails; it never counts as done before.
 
-use super::stage::{Outcome, Stage};
+use super::stage::{Outcome, Rules, Stage};
 use crate::device::request::Kind;
 use crate::disk::Operation;
 use blkmark_bitmap::ByteRange;
@@ -27,7 +27,7 @@ impl Fake {
         }
         let mut moved = 0;
         match operation {
-            Operation::Read { offset, iovecs, count } | Operation::Write { offset, iovecs, count } => {
+            Operation::Read { offset, iovecs, count } | Operation::Write { offset, iovecs, count, .. } => {
                 // SAFETY: our caller's promise.
                 let pieces = unsafe { std::slice::from_raw_parts(iovecs, count as usize) };
                 let total: usize = pieces.iter().map(|piece| piece.iov_len).sum();
@@ -75,6 +75,10 @@ fn run(stage: &mut Stage, iovecs: &[iovec], disk: &mut Fake, moods: &[u8]) -> Ou
     panic!("no end");
 }
 
+fn rules(memory_alignment: u32) -> Rules {
+    Rules { memory_alignment, write_through: false }
+}
+
 /// Cuts `memory` into pieces at `cuts`, beginning `skew` bytes in.
 fn pieces(memory: &mut [u8], cuts: &[usize]) -> Vec<iovec> {
     let mut rest = memory;
@@ -110,7 +114,7 @@ proptest! {
         let iovecs = pieces(&mut memory[skew.min(2)..][..len], &cuts);
         let kind = if write { Kind::Write } else { Kind::Read };
         let mut stage = Stage::idle();
-        stage.begin(kind, ByteRange::new(offset as u64, len as u64), &iovecs, memory_alignment as u32);
+        stage.begin(kind, ByteRange::new(offset as u64, len as u64), &iovecs, rules(memory_alignment as u32));
         prop_assert_eq!(run(&mut stage, &iovecs, &mut disk, &moods), Outcome::Done);
         let got = &memory[skew.min(2)..][..len];
         if write {
@@ -131,7 +135,7 @@ proptest! {
         let mut disk = Fake { bytes: pattern(SIZE, 3), holes, zero_range, memory_alignment: 512 };
         let before = disk.bytes.clone();
         let mut stage = Stage::idle();
-        stage.begin(Kind::WriteZeroes { unmap }, ByteRange::new(offset as u64, len as u64), &[], 512);
+        stage.begin(Kind::WriteZeroes { unmap }, ByteRange::new(offset as u64, len as u64), &[], rules(512));
         prop_assert_eq!(run(&mut stage, &[], &mut disk, &moods), Outcome::Done);
         prop_assert!(disk.bytes[offset..offset + len].iter().all(|byte| *byte == 0));
         disk.bytes[offset..offset + len].copy_from_slice(&before[offset..offset + len]);
@@ -146,7 +150,7 @@ fn errors_and_a_disk_that_ends_too_soon_fail_the_request() {
     for kind in [Kind::Read, Kind::Write] {
         for (result, errno) in [(-libc::EIO, libc::EIO), (-libc::ENOSPC, libc::ENOSPC), (0, libc::EIO)] {
             let mut stage = Stage::idle();
-            stage.begin(kind, ByteRange::new(0, 4096), &iovecs, 1);
+            stage.begin(kind, ByteRange::new(0, 4096), &iovecs, rules(1));
             // SAFETY: nothing is carried out.
             let outcome = unsafe {
                 stage.operation(&iovecs);
@@ -161,6 +165,29 @@ fn errors_and_a_disk_that_ends_too_soon_fail_the_request() {
 fn a_discard_is_a_hint() {
     let mut disk = Fake { bytes: vec![1; 8192], holes: false, zero_range: false, memory_alignment: 1 };
     let mut stage = Stage::idle();
-    stage.begin(Kind::Discard, ByteRange::new(0, 8192), &[], 1);
+    stage.begin(Kind::Discard, ByteRange::new(0, 8192), &[], rules(1));
     assert_eq!(run(&mut stage, &[], &mut disk, &[]), Outcome::Done);
+}
+
+/// A guest that cannot flush takes an answer for durable.
+#[test]
+fn without_flush_an_answer_means_durable() {
+    let mut memory = vec![0u8; 4096];
+    let iovecs = pieces(&mut memory, &[]);
+    let rules = Rules { memory_alignment: 1, write_through: true };
+    let mut stage = Stage::idle();
+    stage.begin(Kind::Write, ByteRange::new(0, 4096), &iovecs, rules);
+    // SAFETY: nothing is carried out.
+    let operation = unsafe { stage.operation(&iovecs) };
+    assert!(matches!(operation, Operation::Write { durable: true, .. }));
+    for kind in [Kind::Discard, Kind::WriteZeroes { unmap: true }, Kind::WriteZeroes { unmap: false }] {
+        stage.begin(kind, ByteRange::new(0, 4096), &[], rules);
+        // SAFETY: nothing is carried out.
+        unsafe {
+            assert!(!matches!(stage.operation(&[]), Operation::Sync));
+            assert_eq!(stage.completed(0, &[]), Outcome::Again);
+            assert!(matches!(stage.operation(&[]), Operation::Sync));
+            assert_eq!(stage.completed(0, &[]), Outcome::Done);
+        }
+    }
 }
