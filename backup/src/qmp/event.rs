@@ -47,9 +47,9 @@ impl Events {
         let size = bytes.len();
         hearers.clients.retain(|client| client.upgrade().is_some_and(|link| push(&link, &bytes)));
         let event = Arc::new(event);
-        hearers
-            .subscribers
-            .retain(|hearer| hearer.upgrade().is_some_and(|outbox| outbox.push_event(Arc::clone(&event), size)));
+        hearers.subscribers.retain(|hearer| {
+            hearer.upgrade().is_some_and(|outbox| outbox.push_event(Arc::clone(&event), size).is_ok())
+        });
         tracing::debug!(event = name, "event");
     }
 
@@ -67,14 +67,17 @@ impl Events {
     }
 }
 
-/// Queues an event to a client; one that does not read its events is disconnected.
+/// Queues an event to a client; one that does not read its events is disconnected. False: it is gone.
 fn push(link: &Link, bytes: &Arc<[u8]>) -> bool {
-    let taken = link.outbox.push_event(Arc::clone(bytes), bytes.len());
-    if !taken {
-        tracing::warn!("a control client did not read its events and was disconnected");
-        link.hang_up();
+    match link.outbox.push_event(Arc::clone(bytes), bytes.len()) {
+        Ok(()) => true,
+        Err(End::Closed) => false,
+        Err(End::Overflowed) => {
+            tracing::warn!("a control client did not read its events and was disconnected");
+            link.hang_up();
+            false
+        }
     }
-    taken
 }
 
 /// The subscriber let more events pile up than its queue holds, and hears no more.

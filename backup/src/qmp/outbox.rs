@@ -55,30 +55,25 @@ impl<T: ?Sized> Outbox<T> {
         Outbox { state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    /// Takes events from now on.
-    pub(super) fn listen(&self) {
-        lock(&self.state).listening = true;
-    }
-
-    /// Queues an event without ever waiting. False: this outbox has ended and need not be told of any more.
-    pub(super) fn push_event(&self, line: Arc<T>, size: usize) -> bool {
+    /// Queues an event without ever waiting. An error: this outbox has ended and need not be told of any more.
+    pub(super) fn push_event(&self, line: Arc<T>, size: usize) -> Result<(), End> {
         let mut state = lock(&self.state);
-        if state.end.is_some() {
-            return false;
+        if let Some(end) = state.end {
+            return Err(end);
         }
         if !state.listening {
-            return true;
+            return Ok(());
         }
         if state.events >= MAX_EVENTS || state.event_bytes + size > MAX_BYTES {
             state.end = Some(End::Overflowed);
             self.changed.notify_all();
-            return false;
+            return Err(End::Overflowed);
         }
         state.events += 1;
         state.event_bytes += size;
         state.queue.push_back(Queued { line, size, is_event: true });
         self.changed.notify_all();
-        true
+        Ok(())
     }
 
     /// The next line. What was queued before a close still comes; an overflow ends at once.
@@ -148,7 +143,10 @@ impl<T: ?Sized> Outbox<T> {
 
 impl Outbox<[u8]> {
     /// Queues a reply, and waits while earlier ones take too much. False: the client is gone.
-    pub(super) fn push_reply(&self, line: Arc<[u8]>) -> bool {
+    ///
+    /// With `then_listen`, events are taken from this reply on: no event comes before it, and none that happens after
+    /// the client has read it is missed.
+    pub(super) fn push_reply(&self, line: Arc<[u8]>, then_listen: bool) -> bool {
         let size = line.len();
         let mut state = lock(&self.state);
         while state.end.is_none() && state.reply_bytes >= MAX_BYTES {
@@ -158,6 +156,7 @@ impl Outbox<[u8]> {
             return false;
         }
         state.reply_bytes += size;
+        state.listening |= then_listen;
         state.queue.push_back(Queued { line, size, is_event: false });
         self.changed.notify_all();
         true
@@ -192,17 +191,17 @@ mod tests {
     fn a_reader_that_lets_events_pile_up_is_ended_and_the_emitter_never_waits() {
         let outbox = Outbox::new(true);
         for _ in 0..MAX_EVENTS {
-            assert!(outbox.push_event(Arc::new(0), 1));
+            assert_eq!(outbox.push_event(Arc::new(0), 1), Ok(()));
         }
-        assert!(!outbox.push_event(Arc::new(0), 1));
+        assert_eq!(outbox.push_event(Arc::new(0), 1), Err(End::Overflowed));
         assert_eq!(outbox.pop().unwrap_err(), End::Overflowed);
     }
 
     #[test]
     fn large_events_are_bounded_by_their_bytes() {
         let outbox = Outbox::new(true);
-        assert!(outbox.push_event(Arc::new(0), MAX_BYTES));
-        assert!(!outbox.push_event(Arc::new(0), 1));
+        assert_eq!(outbox.push_event(Arc::new(0), MAX_BYTES), Ok(()));
+        assert_eq!(outbox.push_event(Arc::new(0), 1), Err(End::Overflowed));
     }
 
     fn reply(length: usize) -> Arc<[u8]> {
@@ -212,10 +211,10 @@ mod tests {
     #[test]
     fn what_was_queued_before_a_close_is_still_delivered() {
         let outbox = Outbox::<[u8]>::new(false);
-        assert!(outbox.push_event(reply(1), 1), "not listening yet: passed over");
-        assert!(outbox.push_reply(reply(2)));
+        assert_eq!(outbox.push_event(reply(1), 1), Ok(()), "not listening yet: passed over");
+        assert!(outbox.push_reply(reply(2), false));
         outbox.close();
-        assert!(!outbox.push_reply(reply(3)));
+        assert!(!outbox.push_reply(reply(3), false));
         assert_eq!(outbox.pop().unwrap().len(), 2);
         assert_eq!(outbox.pop().unwrap_err(), End::Closed);
     }
@@ -223,9 +222,9 @@ mod tests {
     #[test]
     fn replies_wait_for_room_and_go_on_when_there_is_some() {
         let outbox = Arc::new(Outbox::<[u8]>::new(false));
-        assert!(outbox.push_reply(reply(MAX_BYTES)));
+        assert!(outbox.push_reply(reply(MAX_BYTES), false));
         let other = Arc::clone(&outbox);
-        let pusher = std::thread::spawn(move || other.push_reply(reply(1)));
+        let pusher = std::thread::spawn(move || other.push_reply(reply(1), false));
         assert_eq!(outbox.pop().unwrap().len(), MAX_BYTES);
         assert!(pusher.join().unwrap());
         assert_eq!(outbox.pop().unwrap().len(), 1);
@@ -234,10 +233,20 @@ mod tests {
     #[test]
     fn a_reply_that_waits_for_room_gives_up_when_the_client_is_gone() {
         let outbox = Arc::new(Outbox::<[u8]>::new(false));
-        assert!(outbox.push_reply(reply(MAX_BYTES)));
+        assert!(outbox.push_reply(reply(MAX_BYTES), false));
         let other = Arc::clone(&outbox);
-        let pusher = std::thread::spawn(move || other.push_reply(reply(1)));
+        let pusher = std::thread::spawn(move || other.push_reply(reply(1), false));
         outbox.abandon();
         assert!(!pusher.join().unwrap());
+    }
+
+    #[test]
+    fn events_come_from_the_reply_on_that_ends_negotiation() {
+        let outbox = Outbox::<[u8]>::new(false);
+        assert_eq!(outbox.push_event(reply(1), 1), Ok(()));
+        assert!(outbox.push_reply(reply(2), true));
+        assert_eq!(outbox.push_event(reply(3), 3), Ok(()));
+        assert_eq!(outbox.pop().unwrap().len(), 2);
+        assert_eq!(outbox.pop().unwrap().len(), 3);
     }
 }

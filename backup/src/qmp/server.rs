@@ -171,7 +171,7 @@ impl Shared {
     }
 
     fn serve(&self, link: &Arc<Link>) {
-        link.outbox.push_reply(wire::line(&wire::greeting()).into());
+        link.outbox.push_reply(wire::line(&wire::greeting()).into(), false);
         self.events.add_client(link);
         thread::scope(|scope| {
             let writer = thread::Builder::new().name("qmp-writer".into()).spawn_scoped(scope, || write(link));
@@ -203,11 +203,8 @@ impl Shared {
                     return;
                 }
                 let reply = session.answer(message, &*self.commands);
-                if !link.outbox.push_reply(wire::line(&reply).into()) {
+                if !link.outbox.push_reply(wire::line(&reply).into(), session.is_negotiated()) {
                     return;
-                }
-                if session.is_negotiated() {
-                    link.outbox.listen();
                 }
             }
         }
