@@ -27,6 +27,24 @@ pub fn process_time(pid: u32) -> Result<Duration> {
     Ok(Duration::new(seconds, nanos))
 }
 
+/// Time that all processors of the machine have been busy so far, all together, in steps of a clock tick; time that a
+/// hypervisor took away counts as busy, waiting for a disk does not.
+pub fn machine_time() -> Result<Duration> {
+    let text = std::fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
+    // cpu user nice system idle iowait irq softirq steal (guest time is in user already)
+    let fields: Vec<u64> = text
+        .lines()
+        .next()
+        .and_then(|line| line.strip_prefix("cpu "))
+        .map(|rest| rest.split_whitespace().map_while(|field| field.parse().ok()).collect())
+        .unwrap_or_default();
+    let [user, nice, system, _idle, _iowait, irq, softirq, steal, ..] = fields[..] else {
+        bail!("/proc/stat has no line of all processors");
+    };
+    let ticks = user + nice + system + irq + softirq + steal;
+    Ok(Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64))
+}
+
 /// A list of processors, as `0` or `0,2`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cpus(Vec<usize>);
@@ -110,6 +128,17 @@ mod tests {
             x = std::hint::black_box(x.wrapping_mul(3));
         }
         assert!(process_time(0x7fff_fff0).is_err());
+    }
+
+    #[test]
+    fn the_machine_is_at_least_as_busy_as_this_process() {
+        let (mine, all) = (process_time(std::process::id()).unwrap(), machine_time().unwrap());
+        let mut x = 1u64;
+        while process_time(std::process::id()).unwrap() < mine + Duration::from_millis(60) {
+            x = std::hint::black_box(x.wrapping_mul(3));
+        }
+        // Sixty milliseconds are six ticks, of which the first and the last may be counted elsewhere.
+        assert!(machine_time().unwrap() >= all + Duration::from_millis(30));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use blkmark::frontend::{Buffer, Completion, Guest, Histogram, Options as GuestOptions, Queue, Request, Wait};
 
 use super::cell::Cell;
-use super::cpu::process_time;
+use super::cpu::{machine_time, process_time};
 use super::options::Options;
 use super::server::Server;
 use super::target::{Target, fill, next_random};
@@ -26,6 +26,8 @@ pub struct Sample {
     pub server_us: f64,
     /// Processor time of this program for each request, in microseconds: what the guest's side costs.
     pub guest_us: f64,
+    /// Share of all processors, in percent, that neither the server nor this program used, but somebody else.
+    pub others_percent: f64,
 }
 
 const WARM_UP: u8 = 0;
@@ -65,10 +67,11 @@ pub fn run(options: &Options, target: &Target, cell: &Cell, server: &mut Server)
             }));
         }
         std::thread::sleep(Duration::from_secs_f64(options.warmup));
-        let before = (Instant::now(), server.cpu_time(), process_time(std::process::id()));
+        let now = || (Instant::now(), server.cpu_time(), process_time(std::process::id()), machine_time());
+        let before = now();
         let _ = phase.compare_exchange(WARM_UP, MEASURE, Ordering::Relaxed, Ordering::Relaxed);
         std::thread::sleep(Duration::from_secs_f64(options.seconds()));
-        let after = (Instant::now(), server.cpu_time(), process_time(std::process::id()));
+        let after = now();
         phase.store(STOP, Ordering::Relaxed);
         measured = Some((before, after));
         let mut tally = Tally::default();
@@ -86,6 +89,9 @@ pub fn run(options: &Options, target: &Target, cell: &Cell, server: &mut Server)
     let seconds = after.0.duration_since(before.0).as_secs_f64();
     let server_time = after.1?.saturating_sub(before.1?);
     let guest_time = after.2?.saturating_sub(before.2?);
+    let machine_time = after.3?.saturating_sub(before.3?);
+    let others = machine_time.saturating_sub(server_time + guest_time).as_secs_f64();
+    let processors = std::thread::available_parallelism().map_or(1, usize::from) as f64;
     let count = tally.latency.count();
     if count == 0 {
         bail!("no request was finished within {seconds:.2} s");
@@ -97,6 +103,7 @@ pub fn run(options: &Options, target: &Target, cell: &Cell, server: &mut Server)
         latency: tally.latency,
         server_us: each(server_time),
         guest_us: each(guest_time),
+        others_percent: others / (seconds * processors) * 100.0,
     })
 }
 

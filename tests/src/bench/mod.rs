@@ -51,7 +51,7 @@ fn run_cell(options: &Options, target: &Target, cell: &Cell, contenders: &[Conte
             if progress {
                 eprint!("\r\x1b[K{} round {} {contender}", cell.name(), round + 1);
             }
-            let sample = run_once(options, target, cell, contender)
+            let sample = run_calmly(options, target, cell, contender)
                 .with_context(|| format!("{} with {contender} on {}", cell.name(), target.path().display()))?;
             rows[at].samples.push(sample);
         }
@@ -60,6 +60,26 @@ fn run_cell(options: &Options, target: &Target, cell: &Cell, contenders: &[Conte
         eprint!("\r\x1b[K");
     }
     Ok(CellReport { target: target.name().to_owned(), cell: cell.clone(), rows })
+}
+
+/// How often a run is repeated for the sake of calm.
+const TRIES: usize = 20;
+
+/// The first run that others left alone, as `--calm` says, or else the calmest.
+fn run_calmly(options: &Options, target: &Target, cell: &Cell, contender: &Contender) -> Result<load::Sample> {
+    let mut best = run_once(options, target, cell, contender)?;
+    if let Some(percent) = options.calm {
+        for _ in 1..TRIES {
+            if best.others_percent <= f64::from(percent) {
+                break;
+            }
+            let next = run_once(options, target, cell, contender)?;
+            if next.others_percent < best.others_percent {
+                best = next;
+            }
+        }
+    }
+    Ok(best)
 }
 
 fn run_once(options: &Options, target: &Target, cell: &Cell, contender: &Contender) -> Result<load::Sample> {

@@ -52,6 +52,9 @@ pub struct Options {
     /// Tie the server and the guest's threads to processors, as 0:1
     #[arg(long, value_name = "SERVER:GUEST")]
     pub pin: Option<Pin>,
+    /// Repeat a run, up to 20 times, in which other processes used more than this share of the processors
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub calm: Option<u8>,
     /// Only a few cells, one second each
     #[arg(long)]
     quick: bool,

@@ -33,7 +33,7 @@ pub struct CellReport {
 /// A figure of a sample, with its name.
 type Figure = (&'static str, fn(&Sample) -> f64);
 
-const FIGURES: [Figure; 8] = [
+const FIGURES: [Figure; 9] = [
     ("iops", |s| s.iops),
     ("mib_per_second", |s| s.bytes_per_second / f64::from(1 << 20)),
     ("p50_us", |s| s.latency.percentile(50.0).as_secs_f64() * 1e6),
@@ -42,11 +42,16 @@ const FIGURES: [Figure; 8] = [
     ("max_us", |s| s.latency.max().as_secs_f64() * 1e6),
     ("server_cpu_us", |s| s.server_us),
     ("guest_cpu_us", |s| s.guest_us),
+    ("others_percent", |s| s.others_percent),
 ];
 const IOPS: usize = 0;
 const P50: usize = 2;
 const P99: usize = 3;
 const SERVER_CPU: usize = 6;
+const OTHERS: usize = 8;
+
+/// From this share of the processors on, others have a say in IOPS and latency.
+const NOISY_PERCENT: f64 = 5.0;
 
 impl Row {
     /// A row to fill.
@@ -87,7 +92,7 @@ pub fn tables(reports: &[CellReport]) -> String {
         let _ = writeln!(out, "\n{} on {}", report.cell.name(), report.target);
         let _ = writeln!(
             out,
-            "  {:<14} {:>7} {:>9} {:>8} {:>8} {:>8} {:>8} {:>9} {:>8} {:>8}   {:>5} {:>13} {:>5} {:>5} {:>5}",
+            "  {:<14} {:>7} {:>9} {:>8} {:>8} {:>8} {:>8} {:>9} {:>8} {:>8} {:>6}   {:>5} {:>13} {:>5} {:>5} {:>5}",
             "server",
             "bitmaps",
             "IOPS",
@@ -98,6 +103,7 @@ pub fn tables(reports: &[CellReport]) -> String {
             "max us",
             "CPU/IO",
             "guest",
+            "others",
             "IOPS",
             "least..most",
             "p50",
@@ -108,7 +114,7 @@ pub fn tables(reports: &[CellReport]) -> String {
             let f: Vec<f64> = (0..FIGURES.len()).map(|figure| row.median(figure)).collect();
             let _ = write!(
                 out,
-                "  {:<14} {:>7} {:>9.0} {:>8.0} {:>8.1} {:>8.1} {:>8.1} {:>9.0} {:>8.2} {:>8.2}",
+                "  {:<14} {:>7} {:>9.0} {:>8.0} {:>8.1} {:>8.1} {:>8.1} {:>9.0} {:>8.2} {:>8.2} {:>5.0}%",
                 row.contender.program(),
                 row.contender.bitmaps(),
                 f[0],
@@ -118,7 +124,8 @@ pub fn tables(reports: &[CellReport]) -> String {
                 f[4],
                 f[5],
                 f[6],
-                f[7]
+                f[7],
+                f[OTHERS]
             );
             let mut spread = row.ratios(baseline, IOPS);
             spread.sort_by(f64::total_cmp);
@@ -137,6 +144,14 @@ pub fn tables(reports: &[CellReport]) -> String {
         }
     }
     out.push_str(&summary(reports));
+    let noisiest = reports.iter().flat_map(|report| &report.rows).map(|row| row.median(OTHERS)).fold(0.0, f64::max);
+    if noisiest > NOISY_PERCENT {
+        let _ = writeln!(
+            out,
+            "\nOther processes used up to {noisiest:.0} % of the processors: where they did, trust the CPU time an I/O, but \
+             neither IOPS nor latency."
+        );
+    }
     out
 }
 
@@ -228,7 +243,7 @@ mod tests {
     fn sample(iops: f64, server_us: f64) -> Sample {
         let mut latency = Histogram::default();
         latency.record(std::time::Duration::from_micros(100));
-        Sample { iops, bytes_per_second: iops * 4096.0, latency, server_us, guest_us: 1.0 }
+        Sample { iops, bytes_per_second: iops * 4096.0, latency, server_us, guest_us: 1.0, others_percent: 0.0 }
     }
 
     fn report() -> CellReport {
@@ -254,6 +269,16 @@ mod tests {
     }
 
     #[test]
+    fn a_noisy_machine_is_told() {
+        let mut report = report();
+        for sample in &mut report.rows[1].samples {
+            sample.others_percent = 37.4;
+        }
+        let text = tables(&[report]);
+        assert!(text.contains("Other processes used up to 37 %"), "{text}");
+    }
+
+    #[test]
     fn medians_of_even_numbers_lie_between() {
         assert_eq!(median(vec![4.0, 1.0, 3.0, 2.0]), 2.5);
         assert!(median(Vec::new()).is_nan());
@@ -263,6 +288,7 @@ mod tests {
     fn tables_show_every_contender_and_the_spread() {
         let text = tables(&[report(), report()]);
         assert_eq!(text.matches("0.25..2.00").count(), 2, "{text}");
+        assert!(!text.contains("Other processes"), "{text}");
         assert!(text.contains("blkmark/1         IOPS x2.00 (x2.00 in randread-4k-qd1-q1), CPU x0.50"), "{text}");
     }
 }
