@@ -25,6 +25,9 @@ use std::time::Duration;
 /// How often a disk with a handed-over connection is looked at: when that ends, so does its service.
 const HANDED_OVER_LOOK: Duration = Duration::from_millis(200);
 
+/// How much of a disk's scratch may be memory: what a busy guest overwrites in the first moments of a backup.
+const SCRATCH_MEMORY: u64 = 64 << 20;
+
 /// Why a daemon ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
@@ -185,17 +188,11 @@ fn open(disk: &DiskOptions, options: &ServeOptions) -> Result<(Arc<ServedDisk>, 
     let scratch = ScratchSettings {
         directory: scratch_directory(disk, options)?,
         cap: disk.scratch_size.unwrap_or_else(|| file.size()),
+        memory: SCRATCH_MEMORY,
     };
     let serial = disk.serial.as_deref().unwrap_or(&disk.id);
     let served = Arc::new(ServedDisk::new(&disk.id, Arc::clone(&file), serial, disk.queues, disk.queue_size));
-    let node = Node {
-        id: disk.id.clone(),
-        path: disk.path.clone(),
-        read_only: disk.read_only,
-        tracker: Arc::clone(served.tracker()),
-        source: file,
-        scratch,
-    };
+    let node = Node::new(&disk.id, &disk.path, disk.read_only, Arc::clone(served.tracker()), file, scratch);
     Ok((served, Arc::new(node)))
 }
 

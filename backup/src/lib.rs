@@ -4,6 +4,7 @@ pub mod file_lock;
 pub mod source;
 pub mod target;
 pub mod buffer;
+pub mod cbw;
 pub mod copy;
 pub mod node;
 pub mod point;

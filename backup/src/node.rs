@@ -1,11 +1,13 @@
 //! A node: one served disk as everything that runs over it sees it.
 
+use crate::cbw::{CopyBeforeWrite, Load};
 use crate::scratch::ScratchSettings;
 use crate::source::Source;
-use blkmark_bitmap::Tracker;
+use blkmark_bitmap::{Granularity, Tracker};
 use std::fmt;
+use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 /// One served disk. Its id is its node name and its device name.
 pub struct Node {
@@ -19,8 +21,47 @@ pub struct Node {
     pub tracker: Arc<Tracker>,
     /// Where its bytes are read from.
     pub source: Arc<dyn Source>,
-    /// Where points in time keep what the guest overwrites.
-    pub scratch: ScratchSettings,
+    scratch: ScratchSettings,
+    /// There while a point in time is.
+    cbw: Mutex<Weak<CopyBeforeWrite>>,
+}
+
+impl Node {
+    /// A disk called `id` that stands at `path`; `scratch` is where points in time keep what the guest overwrites.
+    pub fn new(
+        id: impl Into<String>,
+        path: impl Into<PathBuf>,
+        read_only: bool,
+        tracker: Arc<Tracker>,
+        source: Arc<dyn Source>,
+        scratch: ScratchSettings,
+    ) -> Self {
+        Self { id: id.into(), path: path.into(), read_only, tracker, source, scratch, cbw: Mutex::new(Weak::new()) }
+    }
+
+    fn cbw(&self) -> MutexGuard<'_, Weak<CopyBeforeWrite>> {
+        self.cbw.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// The copy-before-write that all points of this disk share, for one more point. `cluster` is what that point's
+    /// readers take.
+    pub(crate) fn copy_before_write(&self, cluster: Granularity) -> io::Result<Arc<CopyBeforeWrite>> {
+        let mut shared = self.cbw();
+        if let Some(cbw) = shared.upgrade()
+            && cbw.unit() <= cluster
+            && cbw.join()
+        {
+            return Ok(cbw);
+        }
+        let cbw = CopyBeforeWrite::create(&self.id, Arc::clone(&self.source), &self.scratch, cluster)?;
+        *shared = Arc::downgrade(&cbw);
+        Ok(cbw)
+    }
+
+    /// What its points in time take, and what waits for them.
+    pub fn load(&self) -> Load {
+        self.cbw().upgrade().map_or_else(Load::default, |cbw| cbw.load())
+    }
 }
 
 impl fmt::Debug for Node {

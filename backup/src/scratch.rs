@@ -1,15 +1,16 @@
-//! Scratch: a bounded, sparse, nameless file that keeps old data from the moment a guest overwrites it until a backup has
-//! taken it. Knows nothing of disks and points: it stores blocks of one size and finds them again by slot.
+//! Scratch: where old data waits from the moment a guest overwrites it until every point in time that needs it has let it
+//! go. Knows nothing of disks and points: it keeps blocks, and a [`Block`] gives its space back when it is dropped.
 //!
-//! The file has no name from the start, so that a killed process leaves nothing behind. It never fills the file system:
-//! besides its own cap it leaves a tenth of the space free for others.
+//! Two tiers: memory up to a budget, then a sparse file. Neither has a name, so a killed process leaves nothing behind. It
+//! never fills the file system: besides its own cap it leaves a tenth of the space free for others. Every block carries a
+//! checksum, so what was damaged on the way is an error and not a backup.
 
-use rustix::fs::{FallocateFlags, Mode, OFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, MutexGuard};
 use thiserror::Error;
 
 /// How much growth passes between two looks at the file system's free space.
@@ -20,11 +21,13 @@ const LOOK_EVERY: u64 = 16 << 20;
 pub struct ScratchSettings {
     /// A directory; it should be as fast as the disk.
     pub directory: PathBuf,
-    /// Most bytes that all blocks of one scratch may take.
+    /// Most bytes that all blocks of a disk's scratch may take.
     pub cap: u64,
+    /// How many of them may be memory.
+    pub memory: u64,
 }
 
-/// Why old data could not be kept.
+/// Why old data could not be kept, or not be given back.
 #[derive(Debug, Error)]
 pub enum ScratchError {
     /// The cap is reached.
@@ -36,14 +39,28 @@ pub enum ScratchError {
     /// The file system has to keep a tenth of its space.
     #[error("scratch is full: the file system has less than a tenth of its space left")]
     Floor,
+    /// A guest write waited too long for its old data to be kept.
+    #[error("a guest write was held for {seconds} seconds")]
+    Timeout {
+        /// The limit.
+        seconds: u64,
+    },
     /// Reading or writing failed.
     #[error("scratch: {0}")]
     Io(#[from] io::Error),
+    /// What came back is not what was kept.
+    #[error("scratch: a block does not match its checksum")]
+    Damaged,
 }
 
-/// Where a block stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Slot(u64);
+/// One file with blocks in it, used again from the start of the free list.
+struct Tier {
+    file: File,
+    cap: u64,
+    /// Whether other users of the file system have to be left room.
+    shares_space: bool,
+    space: Mutex<Space>,
+}
 
 #[derive(Default)]
 struct Space {
@@ -53,89 +70,127 @@ struct Space {
     used: u64,
 }
 
-/// Blocks of `block` bytes each.
-pub struct Scratch {
-    file: File,
+struct Tiers {
+    memory: Tier,
+    file: Tier,
     block: u64,
     cap: u64,
-    space: Mutex<Space>,
+}
+
+/// A disk's scratch: blocks of one size.
+pub struct Scratch {
+    tiers: Arc<Tiers>,
+}
+
+/// Kept data. Dropping it gives the space back.
+pub struct Block {
+    tiers: Arc<Tiers>,
+    in_memory: bool,
+    offset: u64,
+    len: u32,
+    checksum: u32,
 }
 
 impl Scratch {
-    /// Creates the file. Errors name the directory.
+    /// Makes both tiers, for blocks of `block` bytes. Errors name the directory.
     pub fn create(settings: &ScratchSettings, block: u64) -> io::Result<Self> {
         let file = nameless(&settings.directory).map_err(|error| {
-            io::Error::new(
-                error.kind(),
-                format!("Could not create scratch in '{}': {error}", settings.directory.display()),
-            )
+            let directory = settings.directory.display();
+            io::Error::new(error.kind(), format!("Could not create scratch in '{directory}': {error}"))
         })?;
-        Ok(Self { file, block, cap: settings.cap, space: Mutex::default() })
+        let memory: File = rustix::fs::memfd_create("blkmark-scratch", MemfdFlags::CLOEXEC)?.into();
+        let tier = |file, cap, shares_space| Tier { file, cap, shares_space, space: Mutex::default() };
+        let memory = tier(memory, settings.memory.min(settings.cap), false);
+        let file = tier(file, settings.cap, true);
+        Ok(Self { tiers: Arc::new(Tiers { memory, file, block, cap: settings.cap }) })
     }
 
-    fn space(&self) -> std::sync::MutexGuard<'_, Space> {
+    /// Bytes in use: of memory, and of the file.
+    pub fn used(&self) -> (u64, u64) {
+        (self.tiers.memory.space().used, self.tiers.file.space().used)
+    }
+
+    /// Keeps `data`, at most one block.
+    pub fn keep(&self, data: &[u8]) -> Result<Block, ScratchError> {
+        let tiers = &self.tiers;
+        debug_assert!(data.len() as u64 <= tiers.block);
+        let (memory, file) = self.used();
+        if memory + file + tiers.block > tiers.cap {
+            return Err(ScratchError::Cap { cap: tiers.cap });
+        }
+        let (in_memory, offset) = match tiers.memory.allocate(tiers.block) {
+            Ok(offset) => (true, offset),
+            Err(ScratchError::Cap { .. }) => (false, tiers.file.allocate(tiers.block)?),
+            Err(error) => return Err(error),
+        };
+        // From here on the block's drop gives the space back.
+        let block = Block {
+            tiers: Arc::clone(tiers),
+            in_memory,
+            offset,
+            len: data.len() as u32,
+            checksum: crc32fast::hash(data),
+        };
+        block.tier().file.write_all_at(data, offset)?;
+        Ok(block)
+    }
+}
+
+impl Tier {
+    fn space(&self) -> MutexGuard<'_, Space> {
         self.space.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Bytes in use.
-    pub fn used(&self) -> u64 {
-        self.space().used
-    }
-
-    fn allocate(&self) -> Result<Slot, ScratchError> {
+    fn allocate(&self, block: u64) -> Result<u64, ScratchError> {
         let mut space = self.space();
-        let slot = match space.free.pop() {
-            Some(slot) => slot,
+        let offset = match space.free.pop() {
+            Some(offset) => offset,
             None => {
-                if space.end + self.block > self.cap {
+                if space.end + block > self.cap {
                     return Err(ScratchError::Cap { cap: self.cap });
                 }
-                if space.looked_at.is_none_or(|at| space.end >= at + LOOK_EVERY) {
+                if self.shares_space && space.looked_at.is_none_or(|at| space.end >= at + LOOK_EVERY) {
                     let fs = rustix::fs::fstatvfs(&self.file).map_err(io::Error::from)?;
                     if fs.f_bavail < fs.f_blocks / 10 {
                         return Err(ScratchError::Floor);
                     }
                     space.looked_at = Some(space.end);
                 }
-                let slot = space.end;
-                space.end += self.block;
-                slot
+                let offset = space.end;
+                space.end += block;
+                offset
             }
         };
-        space.used += self.block;
-        Ok(Slot(slot))
+        space.used += block;
+        Ok(offset)
     }
 
-    /// Keeps `data`, at most one block.
-    pub fn save(&self, data: &[u8]) -> Result<Slot, ScratchError> {
-        debug_assert!(data.len() as u64 <= self.block);
-        let slot = self.allocate()?;
-        match self.file.write_all_at(data, slot.0) {
-            Ok(()) => Ok(slot),
-            Err(error) => {
-                self.free(slot);
-                Err(error.into())
-            }
-        }
-    }
-
-    /// Reads back the first `buf.len()` bytes of a block.
-    pub fn load(&self, slot: Slot, buf: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(buf, slot.0)
-    }
-
-    /// Gives a block back, its space to the file system too.
-    pub fn free(&self, slot: Slot) {
+    fn free(&self, offset: u64, block: u64) {
         // Without holes in this file system the space stays with the file and is used again; that loses nothing.
-        let _ = rustix::fs::fallocate(
-            &self.file,
-            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
-            slot.0,
-            self.block,
-        );
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let _ = rustix::fs::fallocate(&self.file, hole, offset, block);
         let mut space = self.space();
-        space.free.push(slot.0);
-        space.used -= self.block;
+        space.free.push(offset);
+        space.used -= block;
+    }
+}
+
+impl Block {
+    fn tier(&self) -> &Tier {
+        if self.in_memory { &self.tiers.memory } else { &self.tiers.file }
+    }
+
+    /// Reads it back; `buf` has the length that was kept.
+    pub fn load(&self, buf: &mut [u8]) -> Result<(), ScratchError> {
+        debug_assert_eq!(buf.len(), self.len as usize);
+        self.tier().file.read_exact_at(buf, self.offset)?;
+        if crc32fast::hash(buf) == self.checksum { Ok(()) } else { Err(ScratchError::Damaged) }
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.tier().free(self.offset, self.tiers.block);
     }
 }
 

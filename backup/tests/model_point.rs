@@ -5,12 +5,12 @@
 #![cfg(shuttle)]
 
 use blkmark_backup::node::Node;
-use blkmark_backup::point::{Point, PointError, Wanted};
+use blkmark_backup::point::{Point, PointError, PointOptions, Wanted};
 use blkmark_backup::scratch::ScratchSettings;
 use blkmark_backup::source::{BlockStatus, FileId, Source};
 use blkmark_bitmap::tracker::Admitted;
 use blkmark_bitmap::{ByteRange, Granularity, Tracker, commit};
-use shuttle::sync::atomic::{AtomicU64, Ordering};
+use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use shuttle::sync::{Condvar, Mutex};
 use shuttle::thread;
 use std::io;
@@ -76,14 +76,10 @@ impl Scene {
     fn new(scratch: u64) -> Arc<Self> {
         let full = || AtomicU64::new(u64::from(STEPS[0]));
         let disk = Arc::new(Disk { halves: std::array::from_fn(|_| [full(), full()]) });
-        let node = Arc::new(Node {
-            id: "disk".into(),
-            path: "disk".into(),
-            read_only: false,
-            tracker: Tracker::new(SIZE, 2, 1),
-            source: Arc::clone(&disk) as Arc<dyn Source>,
-            scratch: ScratchSettings { directory: std::env::temp_dir(), cap: scratch },
-        });
+        let scratch = ScratchSettings { directory: std::env::temp_dir(), cap: scratch, memory: 1 << 20 };
+        let tracker = Tracker::new(SIZE, 2, 1);
+        let source = Arc::clone(&disk) as Arc<dyn Source>;
+        let node = Arc::new(Node::new("disk", "disk", false, tracker, source, scratch));
         Arc::new(Self { disk, node, acked: Default::default(), issued: Default::default() })
     }
 
@@ -100,7 +96,7 @@ impl Scene {
             };
             let bell = Arc::new((Mutex::new(false), Condvar::new()));
             let there = Arc::clone(&bell);
-            let resume = move || {
+            let resume = move |_| {
                 *there.0.lock().unwrap() = true;
                 there.1.notify_all();
             };
@@ -126,47 +122,67 @@ fn step(data: &[u8]) -> u64 {
     STEPS.iter().position(|value| *value == data[0]).unwrap() as u64
 }
 
-fn image(scene: &Scene, read: impl Fn(&Point, &mut [u8]) -> Result<(), PointError>) -> Option<[u64; SECTORS]> {
-    let cluster = Granularity::new(CLUSTER).unwrap();
-    let point = Point::prepare(&scene.node, Wanted::All, cluster).unwrap();
-    let mut begun = scene.node.tracker.begin();
-    begun.arm(point.gate());
-    let acked = now(&scene.acked);
-    let cut = commit(vec![begun]).unwrap().remove(0);
-    let issued = now(&scene.issued);
-    point.attach(cut.pre_cut);
-    let saver = {
-        let point = Arc::clone(&point);
-        let done = Arc::new(shuttle::sync::atomic::AtomicBool::new(false));
-        let there = Arc::clone(&done);
-        let thread = thread::spawn(move || {
+/// Savers as the daemon has them, until `done`.
+fn savers(point: &Arc<Point>, count: usize) -> (Vec<thread::JoinHandle<()>>, Arc<AtomicBool>) {
+    let done = Arc::new(AtomicBool::new(false));
+    let saver = || {
+        let (cbw, done) = (Arc::clone(point.copy_before_write()), Arc::clone(&done));
+        thread::spawn(move || {
             let mut buffer = [0; CLUSTER as usize];
-            while !there.load(Ordering::SeqCst) {
-                point.save_one(&mut buffer);
+            while !done.load(Ordering::SeqCst) {
+                cbw.save_one(&mut buffer);
                 thread::yield_now();
             }
-        });
-        (thread, done)
+        })
     };
-    let mut data = [0; SIZE as usize];
-    let result = read(&point, &mut data);
-    let mut begun = scene.node.tracker.begin();
-    begun.disarm(point.gate());
-    commit(vec![begun]).unwrap();
-    point.end();
-    saver.1.store(true, Ordering::SeqCst);
-    saver.0.join().unwrap();
-    match result {
-        Err(PointError::Broken(_)) => None,
-        Err(error) => panic!("{error}"),
-        Ok(()) => {
-            let steps: [u64; SECTORS] = std::array::from_fn(|i| step(&data[i * 512..(i + 1) * 512]));
-            for i in 0..SECTORS {
-                assert!(steps[i] >= acked[i], "acknowledged before the cut, not in the image");
-                assert!(steps[i] <= issued[i], "issued after the cut, in the image");
-            }
-            Some(steps)
+    ((0..count).map(|_| saver()).collect(), done)
+}
+
+/// A point in force, and what had been acknowledged before and issued after its instant.
+struct Cut {
+    point: Arc<Point>,
+    acked: [u64; SECTORS],
+    issued: [u64; SECTORS],
+}
+
+impl Cut {
+    fn make(scene: &Scene, keep: bool) -> Self {
+        let cluster = Granularity::new(CLUSTER).unwrap();
+        let options = PointOptions { keep, timeout: None, ..PointOptions::default() };
+        let point = Point::prepare(&scene.node, Wanted::All, cluster, options).unwrap();
+        let mut begun = scene.node.tracker.begin();
+        begun.arm(point.gate());
+        let acked = now(&scene.acked);
+        let cut = commit(vec![begun]).unwrap().remove(0);
+        let issued = now(&scene.issued);
+        point.begin(cut.pre_cut);
+        Self { point, acked, issued }
+    }
+
+    fn end(&self, scene: &Scene) {
+        let mut begun = scene.node.tracker.begin();
+        begun.disarm(self.point.gate());
+        commit(vec![begun]).unwrap();
+        self.point.end();
+    }
+
+    /// What an image of it shows, checked; `None` if the point is broken.
+    fn image(&self, read: impl Fn(&Point, &mut [u8]) -> Result<(), PointError>) -> Option<[u64; SECTORS]> {
+        let mut data = [0; SIZE as usize];
+        match read(&self.point, &mut data) {
+            Err(PointError::Broken(_)) => return None,
+            Err(error) => panic!("{error}"),
+            Ok(()) => {}
         }
+        let steps: [u64; SECTORS] = std::array::from_fn(|i| step(&data[i * 512..(i + 1) * 512]));
+        for i in 0..SECTORS {
+            assert!(steps[i] >= self.acked[i], "acknowledged before the cut, not in the image");
+            assert!(steps[i] <= self.issued[i], "issued after the cut, in the image");
+        }
+        for (a, b) in [(steps[0], steps[2]), (steps[1], steps[3])] {
+            assert!(a == b || a == b + 1, "not one instant: {a}, {b}");
+        }
+        Some(steps)
     }
 }
 
@@ -210,15 +226,15 @@ fn check(scratch: u64, read: fn(&Point, &mut [u8]) -> Result<(), PointError>, ma
         move || {
             let scene = Scene::new(scratch);
             let clients = clients(&scene);
-            let image = image(&scene, read);
+            let cut = Cut::make(&scene, false);
+            let (savers, done) = savers(&cut.point, 2);
+            let image = cut.image(read);
             assert!(image.is_some() || may_break, "scratch had room");
-            if let Some(steps) = image {
-                for (a, b) in [(steps[0], steps[2]), (steps[1], steps[3])] {
-                    assert!(a == b || a == b + 1, "not one instant: {a}, {b}");
-                }
-            }
+            cut.end(&scene);
             clients.into_iter().for_each(|client| client.join().unwrap());
             assert_eq!(now(&scene.acked), [2; SECTORS], "a write was lost or is still held");
+            done.store(true, Ordering::SeqCst);
+            savers.into_iter().for_each(|saver| saver.join().unwrap());
         },
         ROUNDS,
         4,
@@ -243,4 +259,47 @@ fn holes_are_holes_of_that_instant() {
 #[test]
 fn a_point_whose_scratch_is_full_says_so_and_the_guest_goes_on() {
     check(0, take_each, true);
+}
+
+#[test]
+fn a_kept_point_gives_the_same_image_again() {
+    shuttle::check_pct(
+        || {
+            let scene = Scene::new(1 << 20);
+            let clients = clients(&scene);
+            let cut = Cut::make(&scene, true);
+            let (savers, done) = savers(&cut.point, 2);
+            let first = cut.image(take_holes_first).unwrap();
+            clients.into_iter().for_each(|client| client.join().unwrap());
+            assert_eq!(cut.image(take_all).unwrap(), first, "the point changed");
+            cut.end(&scene);
+            done.store(true, Ordering::SeqCst);
+            savers.into_iter().for_each(|saver| saver.join().unwrap());
+        },
+        ROUNDS,
+        4,
+    );
+}
+
+#[test]
+fn two_points_share_what_is_saved_and_keep_apart_what_differs() {
+    shuttle::check_pct(
+        || {
+            let scene = Scene::new(1 << 20);
+            let clients = clients(&scene);
+            let older = Cut::make(&scene, true);
+            let (savers, done) = savers(&older.point, 2);
+            let newer = Cut::make(&scene, false);
+            let (a, b) = (newer.image(take_each).unwrap(), older.image(take_each).unwrap());
+            assert!(a.iter().zip(&b).all(|(newer, older)| newer >= older), "the newer point is older: {a:?} {b:?}");
+            newer.end(&scene);
+            assert_eq!(older.image(take_all).unwrap(), b, "the older point changed");
+            older.end(&scene);
+            clients.into_iter().for_each(|client| client.join().unwrap());
+            done.store(true, Ordering::SeqCst);
+            savers.into_iter().for_each(|saver| saver.join().unwrap());
+        },
+        ROUNDS,
+        4,
+    );
 }

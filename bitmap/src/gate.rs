@@ -2,8 +2,17 @@
 
 use crate::units::ByteRange;
 
-/// Called once, on any thread, when a held write may try again from the start.
-pub type Resume = Box<dyn FnOnce() + Send>;
+/// What becomes of a held write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It asks every gate again, from the start.
+    Again,
+    /// It fails: its old data could not be kept, and the operator would rather lose the write than the point in time.
+    Refused,
+}
+
+/// Called once, on any thread, when it is decided what becomes of a held write.
+pub type Resume = Box<dyn FnOnce(Verdict) + Send>;
 
 /// Something that may hold a write back until the old data is safe.
 pub trait Gate: Send + Sync {

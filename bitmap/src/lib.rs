@@ -25,7 +25,7 @@ pub mod units;
 
 pub use bits::Bits;
 pub use flip::{Commit, commit};
-pub use gate::{Gate, Resume};
+pub use gate::{Gate, Resume, Verdict};
 pub use inflight::PreCut;
 pub use live::LiveMap;
 pub use named::{BitmapError, BitmapInfo, Frozen};

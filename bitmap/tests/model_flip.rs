@@ -10,7 +10,7 @@
 
 use blkmark_bitmap::named::Draft;
 use blkmark_bitmap::tracker::Admitted;
-use blkmark_bitmap::{ByteRange, Gate, Granularity, Resume, Tracker, commit};
+use blkmark_bitmap::{ByteRange, Gate, Granularity, Resume, Tracker, Verdict, commit};
 use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use shuttle::sync::{Condvar, Mutex};
 use shuttle::thread;
@@ -71,7 +71,7 @@ impl Scene {
                     let there = Arc::clone(&bell);
                     gate.hold(
                         BLOCK,
-                        Box::new(move || {
+                        Box::new(move |_| {
                             *there.0.lock().unwrap() = true;
                             there.1.notify_all();
                         }),
@@ -101,7 +101,7 @@ impl Closed {
         let mut held = self.held.lock().unwrap();
         self.open.store(true, Ordering::SeqCst);
         let held = std::mem::take(&mut *held);
-        held.into_iter().for_each(|resume| resume());
+        held.into_iter().for_each(|resume| resume(Verdict::Again));
     }
 }
 
@@ -114,7 +114,7 @@ impl Gate for Closed {
         let mut held = self.held.lock().unwrap();
         if self.open.load(Ordering::SeqCst) {
             drop(held);
-            return resume();
+            return resume(Verdict::Again);
         }
         held.push(resume);
     }

@@ -1,6 +1,7 @@
 //! What other threads tell a queue thread: the session (call descriptor, enable, stop) and gates (a held write may try
 //! again). One eventfd wakes it, on the same ring that its I/O is on.
 
+use blkmark_bitmap::Verdict;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
@@ -12,8 +13,8 @@ pub(super) enum Message {
     Call(Option<OwnedFd>),
     /// Take requests, or leave them in the ring.
     Enabled(bool),
-    /// The held write in this place may ask for admission again.
-    Resumed(usize),
+    /// What becomes of the held write in this place.
+    Decided(usize, Verdict),
     /// Finish what is in flight, then end.
     Stop,
 }

@@ -17,7 +17,7 @@ use crate::disk::{Completion, Engine};
 use crate::memory::{GuestMemory, MemorySnapshot};
 use crate::session::{Hangup, RingParts};
 use blkmark_bitmap::tracker::Admitted;
-use blkmark_bitmap::{ByteRange, Gate, Lane};
+use blkmark_bitmap::{ByteRange, Gate, Lane, Verdict};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -135,7 +135,8 @@ impl QueueThread {
                     self.notify_guest();
                 }
                 Message::Enabled(on) => self.enabled = on,
-                Message::Resumed(index) => self.changes.push(index),
+                Message::Decided(index, Verdict::Again) => self.changes.push(index),
+                Message::Decided(index, Verdict::Refused) => self.finish(index, device::IOERR),
                 Message::Stop => self.stopping = true,
             }
         }
@@ -230,7 +231,7 @@ impl QueueThread {
         self.changes.clear();
         for (index, range, gate) in held {
             let inbox = Arc::clone(&self.inbox);
-            gate.hold(range, Box::new(move || inbox.send(Message::Resumed(index))));
+            gate.hold(range, Box::new(move |verdict| inbox.send(Message::Decided(index, verdict))));
         }
     }
 

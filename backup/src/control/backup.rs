@@ -11,7 +11,7 @@ use super::{Control, done};
 use crate::job::backup::Held;
 use crate::job::{Backup, BitmapMode, Content, Hold, JobError, NewJob, Reservation, Settings};
 use crate::node::Node;
-use crate::point::{Point, Wanted};
+use crate::point::{Point, PointOptions, Wanted};
 use crate::qmp::{Arguments, QmpError};
 use crate::target::{self, CreateOptions, Format, Target, TargetError};
 use blkmark_bitmap::Granularity;
@@ -261,12 +261,12 @@ impl BackupAction {
             // The file belongs to the job from here on.
             opened.0 = None;
         }
-        Some(NewJob { id: self.id?, settings: self.settings, backup: self.backup?, stillborn: None })
+        Some(NewJob { id: self.id?, settings: self.settings, backup: self.backup? })
     }
 }
 
 fn prepare(disk: &Arc<Node>, wanted: Wanted, cluster: Granularity) -> Result<Arc<Point>, QmpError> {
-    Point::prepare(disk, wanted, cluster).map_err(|error| QmpError::generic(error.to_string()))
+    Point::prepare(disk, wanted, cluster, PointOptions::default()).map_err(|error| QmpError::generic(error.to_string()))
 }
 
 impl Destination {

@@ -10,7 +10,6 @@ use super::bitmaps::BitmapAction;
 use super::{Control, done};
 use crate::job::{Locked, NewJob};
 use crate::node::Node;
-use crate::point::Point;
 use crate::qmp::{Arguments, QmpError};
 use blkmark_bitmap::Commit;
 use blkmark_bitmap::named::Draft;
@@ -145,25 +144,21 @@ pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) ->
     let (disks, commits): (Vec<_>, Vec<_>) = stage.commits.into_iter().unzip();
     let cuts = locked.commit(commits).map_err(|error| QmpError::generic(error.to_string()))?;
     // From here on there is no way back, and nothing that could fail but a job.
-    let mut new: Vec<NewJob> = actions
+    let new: Vec<NewJob> = actions
         .into_iter()
         .filter_map(|action| match action {
             Action::Backup(backup) => backup.into_job(),
             Action::Abort | Action::Bitmap(_) => None,
         })
         .collect();
-    for job in &mut new {
+    for job in &new {
         let held = &job.backup.held;
         let cut = disks.iter().zip(&cuts).find(|(disk, _)| Arc::ptr_eq(disk, &held.node));
         let Some((_, cut)) = cut else { unreachable!("a backup's disk is in the commit that armed its gate") };
-        job.stillborn = begin(&held.point, Arc::clone(&cut.pre_cut));
+        held.point.begin(Arc::clone(&cut.pre_cut));
     }
     locked.start(new, grouped);
     Ok(())
-}
-
-fn begin(point: &Arc<Point>, pre_cut: Arc<blkmark_bitmap::PreCut>) -> Option<String> {
-    point.begin(pre_cut).err().map(|error| format!("could not begin the point in time: {error}"))
 }
 
 fn walk<'a>(stage: &mut Stage<'a>, locked: &Locked<'_>, actions: &mut [Action]) -> Result<(), QmpError> {

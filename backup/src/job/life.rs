@@ -29,27 +29,19 @@ const BREATH: Duration = Duration::from_millis(20);
 pub(super) type Spent = Vec<Arc<Point>>;
 
 /// Begins the job's thread. If there is none to be had, what was to be run comes back with its outcome.
-pub(super) fn launch(
-    jobs: &Arc<Jobs>,
-    entry: &Entry,
-    backup: Backup,
-    stillborn: Option<String>,
-) -> Result<JoinHandle<()>, Box<(Held, Outcome)>> {
+pub(super) fn launch(jobs: &Arc<Jobs>, entry: &Entry, backup: Backup) -> Result<JoinHandle<()>, Box<(Held, Outcome)>> {
     let (key, control) = (entry.key, Arc::clone(&entry.control));
     let parcel = Arc::new(Mutex::new(Some(backup)));
     let task = {
         let (jobs, parcel) = (Arc::clone(jobs), Arc::clone(&parcel));
         move || {
             let Some(backup) = lock(&parcel).take() else { return };
-            let outcome = match stillborn {
-                Some(error) => failed(&backup, error),
-                // A bug in a target must not leave a job that never ends and a bitmap that stays busy.
-                None => catch_unwind(AssertUnwindSafe(|| {
-                    let decide = |side, error: &io::Error| on_error(&jobs, key, side, error);
-                    backup.run(&control, &decide, &|error| on_fatal(&jobs, key, error))
-                }))
-                .unwrap_or_else(|_| failed(&backup, "internal error".to_owned())),
-            };
+            // A bug in a target must not leave a job that never ends and a bitmap that stays busy.
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                let decide = |side, error: &io::Error| on_error(&jobs, key, side, error);
+                backup.run(&control, &decide, &|error| on_fatal(&jobs, key, error))
+            }))
+            .unwrap_or_else(|_| failed(&backup, "internal error".to_owned()));
             come_back(&jobs, key, backup.close(), outcome);
         }
     };

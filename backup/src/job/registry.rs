@@ -109,8 +109,6 @@ pub struct NewJob {
     pub settings: Settings,
     /// Its work.
     pub backup: Backup,
-    /// Why it cannot begin, if its point could not.
-    pub stillborn: Option<String>,
 }
 
 /// A job, as everybody but its own thread sees it.
@@ -466,12 +464,12 @@ impl Locked<'_> {
             };
             self.jobs.set_status(&mut entry, Status::Created);
             inner.entries.insert(0, entry);
-            ready.push((key, backup, job.stillborn));
+            ready.push((key, backup));
         }
-        for (key, backup, stillborn) in ready.into_iter().rev() {
+        for (key, backup) in ready.into_iter().rev() {
             if let Some(entry) = inner.entry(key) {
                 self.jobs.set_status(entry, Status::Running);
-                match life::launch(self.jobs, entry, backup, stillborn) {
+                match life::launch(self.jobs, entry, backup) {
                     Ok(thread) => inner.threads.push(thread),
                     Err(unborn) => self.spent.push(life::finish(self.jobs, inner, key, unborn.0, unborn.1)),
                 }

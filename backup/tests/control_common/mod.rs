@@ -73,9 +73,9 @@ impl Disk {
         let source = Arc::new(FileSource { file, size, broken: AtomicBool::new(false) });
         let tracker = Tracker::new(size, 1, 4);
         let lane = Mutex::new(tracker.lane(0).unwrap());
-        let scratch = ScratchSettings { directory: dir.to_owned(), cap: 1 << 30 };
+        let scratch = ScratchSettings { directory: dir.to_owned(), cap: 1 << 30, memory: 1 << 20 };
         let shared: Arc<dyn Source> = source.clone();
-        let node = Node { id: id.into(), path: path.clone(), read_only: false, tracker, source: shared, scratch };
+        let node = Node::new(id, &path, false, tracker, shared, scratch);
         Self { node: Arc::new(node), source, path, lane }
     }
 

@@ -1,0 +1,406 @@
+//! Copy-before-write of one disk: keeps old data in scratch before a guest's write changes it.
+//!
+//! Gates hand held writes in; a few savers take them in order, keep the old data of each unit they touch, and let them go.
+//! A unit is read once, however many points in time want it and however many writes wait for it.
+//!
+//! The order is I3's: pre-cut writes over, data in scratch, index, then settled, then the write. What a saver has read
+//! counts for a point only if that point was in force with the unit open both before and after: then its gate has kept
+//! every write away from the unit in between.
+//!
+//! The guest waits for one local read and one local write at most. If that fails or takes too long, the point's policy
+//! decides: it breaks, noted before the write is let go, or the guest's write fails.
+
+use crate::buffer::{AlignedBuffer, is_zero};
+use crate::point::Face;
+use crate::scratch::{Block, Scratch, ScratchError, ScratchSettings};
+use crate::source::Source;
+use blkmark_bitmap::sync::{Condvar, Mutex, MutexGuard, Ordering, lock};
+use blkmark_bitmap::{ByteRange, Granularity, PreCut, Resume, Verdict};
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The most that is saved at once. Points with larger clusters save them in pieces, so that a small write of the guest
+/// waits for a small read.
+const UNIT: u64 = 64 << 10;
+
+/// How many units are saved at the same time: enough to keep a disk busy when a full queue of writes is held.
+const SAVERS: usize = 4;
+
+/// What happens when old data cannot be kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnError {
+    /// The point breaks, the guest does not notice.
+    BreakSnapshot,
+    /// The guest's write fails, the point stays.
+    BreakGuestWrite,
+}
+
+/// A unit as of a point in time: its block, or none if it is all zero.
+pub(crate) type Saved = Option<Arc<Block>>;
+
+/// What is kept for one point.
+pub(crate) struct Kept {
+    face: Arc<Face>,
+    pre_cut: Arc<PreCut>,
+    pub(crate) index: BTreeMap<u64, Saved>,
+    pub(crate) broken: Option<Arc<ScratchError>>,
+    /// It is disarmed; readers may go on with what is kept.
+    pub(crate) ended: bool,
+}
+
+struct Held {
+    point: u64,
+    range: ByteRange,
+    since: Instant,
+    resume: Resume,
+}
+
+#[derive(Default)]
+pub(crate) struct State {
+    pub(crate) points: BTreeMap<u64, Kept>,
+    held: BTreeMap<u64, Held>,
+    /// Held writes that no saver has taken yet, oldest first. Some may be gone from `held` meanwhile.
+    queue: VecDeque<u64>,
+    /// Units that savers are reading at this moment.
+    saving: Vec<ByteRange>,
+    next: u64,
+    /// Points that exist, in force or not.
+    users: usize,
+    /// The last of them is gone; the threads are on their way out.
+    closed: bool,
+}
+
+impl State {
+    /// Whether a saver is at work on part of `range`.
+    pub(crate) fn is_saving(&self, range: ByteRange) -> bool {
+        self.saving.iter().any(|unit| unit.intersects(range))
+    }
+
+    /// Where in `range` a saver is at work first.
+    pub(crate) fn first_saving(&self, range: ByteRange) -> Option<u64> {
+        self.saving.iter().filter(|unit| unit.intersects(range)).map(|unit| unit.start().max(range.start())).min()
+    }
+
+    /// Whether the oldest held write can be taken. If its commit is in force but its pre-cut writes are not known yet, that
+    /// is a matter of microseconds.
+    fn has_work(&self) -> bool {
+        let Some(id) = self.queue.front() else { return false };
+        self.held.get(id).is_none_or(|held| self.points.contains_key(&held.point))
+    }
+
+    fn in_force(&self, unit: ByteRange) -> impl Iterator<Item = (u64, &Kept)> {
+        let open = move |kept: &Kept| !kept.ended && kept.broken.is_none() && kept.face.is_open(unit);
+        self.points.iter().filter(move |(_, kept)| open(kept)).map(|(key, kept)| (*key, kept))
+    }
+}
+
+/// The copy-before-write of one disk, there while a point in time needs it.
+pub struct CopyBeforeWrite {
+    disk: String,
+    source: Arc<dyn Source>,
+    unit: Granularity,
+    scratch: Scratch,
+    state: Mutex<State>,
+    /// Something for a saver or for the watch, or the end.
+    work: Condvar,
+    /// A unit was saved or given up, or a point ended.
+    pub(crate) saved: Condvar,
+}
+
+/// What the scratch of a disk takes, and what waits for it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Bytes of memory.
+    pub memory: u64,
+    /// Bytes of the file.
+    pub file: u64,
+    /// Guest writes that are held.
+    pub held: usize,
+}
+
+impl CopyBeforeWrite {
+    /// For one point to begin with; [`CopyBeforeWrite::join`] lets in more.
+    pub(crate) fn create(
+        disk: &str,
+        source: Arc<dyn Source>,
+        settings: &ScratchSettings,
+        cluster: Granularity,
+    ) -> io::Result<Arc<Self>> {
+        let unit = Granularity::new(UNIT).map_or(cluster, |unit| unit.min(cluster));
+        let state = State { users: 1, ..State::default() };
+        let cbw = Arc::new(Self {
+            disk: disk.to_owned(),
+            source,
+            unit,
+            scratch: Scratch::create(settings, unit.bytes())?,
+            state: Mutex::new(state),
+            work: Condvar::new(),
+            saved: Condvar::new(),
+        });
+        // In a model the threads are the model's.
+        if cfg!(not(shuttle)) {
+            cbw.employ()?;
+        }
+        Ok(cbw)
+    }
+
+    /// Starts the savers and the watch over the writes that they let wait. They end with the last user.
+    fn employ(self: &Arc<Self>) -> io::Result<()> {
+        let result = self.start_threads();
+        if result.is_err() {
+            self.close();
+        }
+        result
+    }
+
+    fn start_threads(self: &Arc<Self>) -> io::Result<()> {
+        for _ in 0..SAVERS {
+            let cbw = Arc::clone(self);
+            std::thread::Builder::new().name(format!("save-{}", self.disk)).spawn(move || {
+                let mut buffer = AlignedBuffer::new(cbw.unit.bytes() as usize);
+                while cbw.wait_for_work() {
+                    cbw.save_one(&mut buffer);
+                }
+            })?;
+        }
+        let cbw = Arc::clone(self);
+        std::thread::Builder::new().name(format!("watch-{}", self.disk)).spawn(move || cbw.watch())?;
+        Ok(())
+    }
+
+    /// One more point will use it; `false` if it is closing already.
+    pub(crate) fn join(&self) -> bool {
+        let mut state = self.state();
+        if !state.closed {
+            state.users += 1;
+        }
+        !state.closed
+    }
+
+    /// A point is gone, and with it what was kept for it.
+    pub(crate) fn leave(&self, key: u64) {
+        let mut state = self.state();
+        let kept = state.points.remove(&key);
+        let gone = take_held(&mut state, key);
+        state.users -= 1;
+        let last = state.users == 0;
+        drop(state);
+        // Its blocks are given back without the lock.
+        drop(kept);
+        let_go(gone, Verdict::Again);
+        if last {
+            self.close();
+        }
+    }
+
+    fn close(&self) {
+        self.state().closed = true;
+        self.work.notify_all();
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+
+    /// The unit of saving.
+    pub(crate) fn unit(&self) -> Granularity {
+        self.unit
+    }
+
+    /// What it takes and holds at this moment.
+    pub fn load(&self) -> Load {
+        let (memory, file) = self.scratch.used();
+        Load { memory, file, held: self.state().held.len() }
+    }
+
+    /// A point came into force.
+    pub(crate) fn enter(&self, face: Arc<Face>, pre_cut: Arc<PreCut>) {
+        let kept = Kept { pre_cut, index: BTreeMap::new(), broken: None, ended: false, face: Arc::clone(&face) };
+        self.state().points.insert(face.key, kept);
+        self.work.notify_all();
+    }
+
+    /// A point is disarmed: whatever is held for it goes.
+    pub(crate) fn end(&self, key: u64) {
+        let mut state = self.state();
+        if let Some(kept) = state.points.get_mut(&key) {
+            kept.ended = true;
+        }
+        let gone = take_held(&mut state, key);
+        drop(state);
+        self.work.notify_all();
+        self.saved.notify_all();
+        let_go(gone, Verdict::Again);
+    }
+
+    /// Takes in a held write.
+    pub(crate) fn hold(&self, point: u64, range: ByteRange, resume: Resume) {
+        let mut state = self.state();
+        if state.points.get(&point).is_some_and(|kept| kept.ended || kept.broken.is_some()) {
+            drop(state);
+            return resume(Verdict::Again);
+        }
+        let id = state.next;
+        state.next += 1;
+        state.held.insert(id, Held { point, range, since: Instant::now(), resume });
+        state.queue.push_back(id);
+        drop(state);
+        // The watch has to know of it too.
+        self.work.notify_all();
+    }
+
+    /// Blocks until there is work; `false`: until the end.
+    fn wait_for_work(&self) -> bool {
+        let mut state = self.state();
+        while !state.has_work() && !state.closed {
+            state = self.work.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+        !state.closed
+    }
+
+    /// Makes the oldest held write admissible and lets it go. `buffer` has room for a unit. Answers whether there was
+    /// one to be taken. Called by the savers; by nobody else but models.
+    pub fn save_one(&self, buffer: &mut [u8]) -> bool {
+        let (id, point, range) = {
+            let mut state = self.state();
+            if !state.has_work() {
+                return false;
+            }
+            let Some(id) = state.queue.pop_front() else { return false };
+            let Some(held) = state.held.get(&id) else { return true };
+            (id, held.point, held.range)
+        };
+        let size = self.source.size();
+        for index in self.unit.cover(range) {
+            let unit = self.unit.range(index..index + 1, size);
+            if let Err(error) = self.save(point, unit, buffer) {
+                self.fail(point, Some(id), error);
+                return true;
+            }
+        }
+        let held = self.state().held.remove(&id);
+        let_go(held.into_iter().collect(), Verdict::Again);
+        true
+    }
+
+    fn save(&self, point: u64, unit: ByteRange, buffer: &mut [u8]) -> Result<(), ScratchError> {
+        let before: Vec<(u64, Arc<PreCut>)> = {
+            let mut state = self.state();
+            loop {
+                let open: Vec<_> = state.in_force(unit).map(|(key, kept)| (key, Arc::clone(&kept.pre_cut))).collect();
+                if !open.iter().any(|(key, _)| *key == point) {
+                    return Ok(());
+                }
+                if !state.is_saving(unit) {
+                    state.saving.push(unit);
+                    break open;
+                }
+                // Another saver is at it: its work serves this write too.
+                state = self.saved.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner());
+            }
+        };
+        let data = &mut buffer[..unit.len() as usize];
+        let result = self.read_and_keep(unit, &before, data);
+        let mut state = self.state();
+        state.saving.retain(|other| *other != unit);
+        let outcome = result.map(|saved| {
+            let after: Vec<u64> = state.in_force(unit).map(|(key, _)| key).collect();
+            for (key, _) in before.iter().filter(|(key, _)| after.contains(key)) {
+                if let Some(kept) = state.points.get_mut(key) {
+                    kept.index.insert(unit.start(), saved.clone());
+                    kept.face.settle(unit);
+                }
+            }
+        });
+        drop(state);
+        self.saved.notify_all();
+        outcome
+    }
+
+    fn read_and_keep(
+        &self,
+        unit: ByteRange,
+        points: &[(u64, Arc<PreCut>)],
+        data: &mut [u8],
+    ) -> Result<Saved, ScratchError> {
+        for (_, pre_cut) in points {
+            pre_cut.wait(unit);
+        }
+        self.source.read_at(data, unit.start())?;
+        if is_zero(data) { Ok(None) } else { Ok(Some(Arc::new(self.scratch.keep(data)?))) }
+    }
+
+    /// Old data could not be kept for `point`: what its policy says happens to it, or to the held write `id`.
+    fn fail(&self, point: u64, id: Option<u64>, error: ScratchError) {
+        let mut state = self.state();
+        let Some(kept) = state.points.get_mut(&point) else { return };
+        match (kept.face.on_error, id) {
+            (OnError::BreakGuestWrite, Some(id)) => {
+                tracing::error!(disk = self.disk, %error, "old data could not be kept; the guest's write fails");
+                let held = state.held.remove(&id);
+                drop(state);
+                let_go(held.into_iter().collect(), Verdict::Refused);
+            }
+            _ => {
+                tracing::error!(disk = self.disk, %error, "a point in time is broken; the guest goes on");
+                kept.broken.get_or_insert_with(|| Arc::new(error));
+                // Before any of its writes goes. Readers look for it after they have read.
+                kept.face.broken.store(true, Ordering::Release);
+                let index = std::mem::take(&mut kept.index);
+                let gone = take_held(&mut state, point);
+                drop(state);
+                drop(index);
+                self.saved.notify_all();
+                let_go(gone, Verdict::Again);
+            }
+        }
+    }
+
+    /// The watch: acts on writes that are held for too long.
+    fn watch(&self) {
+        let mut state = self.state();
+        while !state.closed {
+            let deadline = |held: &Held| {
+                let timeout = state.points.get(&held.point)?.face.timeout?;
+                Some((held.since.checked_add(timeout)?, timeout))
+            };
+            let overdue = state.held.iter().filter_map(|(id, held)| Some((deadline(held)?, *id, held.point))).min();
+            let now = Instant::now();
+            match overdue {
+                Some(((at, timeout), id, point)) if at <= now => {
+                    drop(state);
+                    self.fail(point, Some(id), ScratchError::Timeout { seconds: timeout.as_secs() });
+                    state = self.state();
+                }
+                Some(((at, _), ..)) => state = self.wait_until(state, at - now),
+                None => state = self.work.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner()),
+            }
+        }
+    }
+
+    #[cfg(not(any(loom, shuttle)))]
+    fn wait_until<'a>(&self, state: MutexGuard<'a, State>, time: Duration) -> MutexGuard<'a, State> {
+        self.work.wait_timeout(state, time).unwrap_or_else(|poisoned| poisoned.into_inner()).0
+    }
+
+    /// Models have no clock.
+    #[cfg(any(loom, shuttle))]
+    fn wait_until<'a>(&self, state: MutexGuard<'a, State>, _: Duration) -> MutexGuard<'a, State> {
+        self.work.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+fn take_held(state: &mut State, point: u64) -> Vec<Held> {
+    let (gone, held) = std::mem::take(&mut state.held).into_iter().partition(|(_, held)| held.point == point);
+    state.held = held;
+    let gone: BTreeMap<u64, Held> = gone;
+    gone.into_values().collect()
+}
+
+fn let_go(held: Vec<Held>, verdict: Verdict) {
+    for write in held {
+        (write.resume)(verdict);
+    }
+}
