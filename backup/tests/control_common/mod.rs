@@ -93,7 +93,7 @@ impl Disk {
                 Admitted::Go => break,
                 Admitted::Held(gate) => {
                     let (tx, rx) = mpsc::channel();
-                    gate.hold(range, Box::new(move || tx.send(()).unwrap()));
+                    gate.hold(range, Box::new(move |_| tx.send(()).unwrap()));
                     rx.recv_timeout(GIVE_UP).expect("a held write is let go");
                 }
             }
