@@ -14,6 +14,7 @@ use blkmark_backup::node::Node;
 use blkmark_backup::qmp::{Events, Server};
 use blkmark_backup::scratch::ScratchSettings;
 use blkmark_backup::source::Source;
+use blkmark_bitmap::Tracker;
 use rustix::fs::FileType;
 use serde_json::json;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -97,6 +98,11 @@ impl Daemon {
     /// The control room, for those in this process.
     pub fn control(&self) -> &Arc<Control> {
         &self.control
+    }
+
+    /// Where the changes of a disk are marked, for those in this process.
+    pub fn tracker(&self, disk: &str) -> Option<&Arc<Tracker>> {
+        self.disks.iter().find(|served| served.served.id() == disk).map(|served| served.served.tracker())
     }
 
     /// Returns when the daemon is told to end, or when its only front ends were handed over and are gone.

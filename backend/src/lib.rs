@@ -8,3 +8,4 @@ pub mod disk;
 pub mod write_path;
 pub mod cli;
 pub mod daemon;
+pub mod demo;

@@ -20,7 +20,7 @@ fn main() -> ExitCode {
             Ok(options) => serve(&options),
             Err(failure) => fail(&failure),
         },
-        Some(Command::Demo(args)) => demo(args),
+        Some(Command::Demo(args)) => demo(args, cli.json),
         Some(Command::Client(command)) => cli::run(&cli, command),
         None => Cli::command().error(clap::error::ErrorKind::MissingSubcommand, "a command is missing").exit(),
     }
@@ -28,7 +28,7 @@ fn main() -> ExitCode {
 
 /// Runs the daemon until it is told to end.
 fn serve(options: &ServeOptions) -> ExitCode {
-    start_log(options.log_format.unwrap_or_default());
+    start_log(options.log_format.unwrap_or_default(), LevelFilter::INFO);
     match daemon::run(options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&Failure::Failed(format!("{error:#}"))),
@@ -36,8 +36,8 @@ fn serve(options: &ServeOptions) -> ExitCode {
 }
 
 /// Standard error gets the log; RUST_LOG chooses what.
-fn start_log(format: LogFormat) {
-    let filter = EnvFilter::builder().with_default_directive(LevelFilter::INFO.into()).from_env_lossy();
+fn start_log(format: LogFormat, level: LevelFilter) {
+    let filter = EnvFilter::builder().with_default_directive(level.into()).from_env_lossy();
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match format {
         LogFormat::Text => log.with_ansi(false).init(),
@@ -45,9 +45,10 @@ fn start_log(format: LogFormat) {
     }
 }
 
-/// Runs the demo. The place where it is called once it is there.
-fn demo(_args: &DemoArgs) -> ExitCode {
-    fail(&Failure::Failed("this build has no demo yet".into()))
+/// Only what is wrong is logged: the demo tells its story itself.
+fn demo(args: &DemoArgs, json: bool) -> ExitCode {
+    start_log(LogFormat::Text, LevelFilter::WARN);
+    blkmark::demo::run(args, json)
 }
 
 fn fail(failure: &Failure) -> ExitCode {

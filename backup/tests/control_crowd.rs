@@ -4,7 +4,6 @@ mod control_common;
 
 use control_common::*;
 use serde_json::{Value, json};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A small generator, so that a failing run can be told by its numbers.
 struct Dice(u64);
@@ -70,17 +69,18 @@ fn a_crowd_of_clients_leaves_nothing_behind() {
     for i in 0..3 {
         lab.raw_target(&format!("t{i}"), 4 * MIB);
     }
-    let over = AtomicBool::new(false);
+    let over = Over::default();
     std::thread::scope(|scope| {
         for (i, disk) in lab.disks.iter().enumerate() {
             let over = &over;
             scope.spawn(move || {
                 let mut dice = Dice(i as u64 + 100);
-                while !over.load(Ordering::Relaxed) {
+                while !over.yet() {
                     disk.write(dice.below(1000) * 4096, 4096, dice.below(256) as u8);
                 }
             });
         }
+        let at_last = over.at_last();
         let clients: Vec<_> = (0..4)
             .map(|client| {
                 let lab = &lab;
@@ -98,7 +98,7 @@ fn a_crowd_of_clients_leaves_nothing_behind() {
         let accepted: Vec<u32> = clients.into_iter().map(|client| client.join().unwrap()).collect();
         assert!(accepted.iter().all(|accepted| *accepted > 50), "{accepted:?}");
         lab.control.shutdown();
-        over.store(true, Ordering::Relaxed);
+        drop(at_last);
     });
     for job in lab.jobs().as_array().unwrap() {
         assert_eq!(job["status"], "concluded", "{job}");

@@ -5,7 +5,6 @@ mod control_common;
 
 use control_common::*;
 use serde_json::{Value, json};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A counter on a disk: the same number in the first bytes of eight clusters, written one after another.
 const COPIES: u64 = 8;
@@ -26,18 +25,19 @@ fn counted(image: &str) -> Vec<u64> {
 fn two_disks_are_cut_at_one_instant() {
     let lab = Lab::new(2);
     let (a, b) = (&lab.disks[0], &lab.disks[1]);
-    let round = AtomicU64::new(0);
+    let over = Over::default();
     const ROUNDS: u64 = 40;
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
             let mut n = 0_u64;
-            while round.load(Ordering::Relaxed) < ROUNDS {
+            while !over.yet() {
                 n += 1;
                 count(a, n);
                 count(b, n);
             }
             n
         });
+        let at_last = over.at_last();
         for i in 0..ROUNDS {
             let image = |disk: &str| lab.path(&format!("{disk}-{i}.raw"));
             let backup = |disk: &str| {
@@ -55,7 +55,6 @@ fn two_disks_are_cut_at_one_instant() {
                 assert_eq!(lab.event("BLOCK_JOB_COMPLETED")["error"], Value::Null);
             }
             lab.state("d0", "null");
-            round.store(i + 1, Ordering::Relaxed);
             // In the order in which they were written, each number stands at or one behind the one before it.
             let written: Vec<u64> = [image("d0"), image("d1")].iter().flat_map(|image| counted(image)).collect();
             let (first, last) = (written[0], written[written.len() - 1]);
@@ -65,6 +64,7 @@ fn two_disks_are_cut_at_one_instant() {
                 std::fs::remove_file(image(disk)).unwrap();
             }
         }
+        drop(at_last);
         assert!(writer.join().unwrap() > ROUNDS, "the guest wrote all the time");
     });
 }

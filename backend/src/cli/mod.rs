@@ -9,11 +9,11 @@ mod backup;
 mod bitmap;
 mod failure;
 mod job;
-mod output;
+pub(crate) mod output;
 mod qmp;
 mod query;
 mod serve;
-mod size;
+pub(crate) mod size;
 mod wait;
 
 pub use args::{Cli, ClientCommand, Command, DemoArgs};

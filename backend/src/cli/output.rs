@@ -55,7 +55,7 @@ impl Output {
 }
 
 /// A table for people: bare columns when it goes into a pipe, ruled ones on a terminal.
-pub(super) fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
+pub(crate) fn table<const N: usize>(header: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
     let mut table = Table::new();
     let style = if io::stdout().is_terminal() { presets::UTF8_FULL_CONDENSED } else { presets::NOTHING };
     table.load_style(style).set_content_arrangement(ContentArrangement::Disabled).set_header(header);

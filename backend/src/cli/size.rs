@@ -24,7 +24,7 @@ pub(super) fn parse_signed(text: &str) -> Result<u64, String> {
 }
 
 /// Writes a size to three digits, or exactly where it is a whole number of its unit.
-pub(super) fn human(bytes: u64) -> String {
+pub(crate) fn human(bytes: u64) -> String {
     let (shift, unit) = match bytes {
         0..0x400 => return format!("{bytes} B"),
         0x400..0x10_0000 => (10, "KiB"),

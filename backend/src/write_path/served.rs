@@ -68,6 +68,11 @@ impl ServedDisk {
         Self { shared: Arc::new(shared), config, queues, queue_size }
     }
 
+    /// What clients call it.
+    pub fn id(&self) -> &str {
+        &self.shared.id
+    }
+
     /// Where its changes are marked.
     pub fn tracker(&self) -> &Arc<Tracker> {
         &self.shared.tracker

@@ -130,6 +130,28 @@ impl Disk {
     }
 }
 
+/// Tells the guests of a test that it is over, however it ends.
+#[derive(Default)]
+pub struct Over(AtomicBool);
+
+/// Makes it over when dropped.
+pub struct OverAtLast<'a>(&'a Over);
+
+impl Over {
+    pub fn yet(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+    pub fn at_last(&self) -> OverAtLast<'_> {
+        OverAtLast(self)
+    }
+}
+
+impl Drop for OverAtLast<'_> {
+    fn drop(&mut self) {
+        self.0.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// A control room over some disks.
 pub struct Lab {
     pub control: Arc<Control>,
