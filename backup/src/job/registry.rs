@@ -124,6 +124,8 @@ pub(super) struct Entry {
     /// By command, or by an error that stopped it.
     pub(super) user_paused: bool,
     pub(super) io_status: IoStatus,
+    /// How often an error stopped it.
+    pub(super) stops: u64,
     pub(super) speed: u64,
     /// It shall end as cancelled, however its thread comes back.
     pub(super) cancelled: bool,
@@ -456,6 +458,7 @@ impl Locked<'_> {
                 status: Status::Undefined,
                 user_paused: false,
                 io_status: IoStatus::Ok,
+                stops: 0,
                 cancelled: false,
                 failing: false,
                 outcome: None,
