@@ -276,3 +276,23 @@ fn a_job_without_end_can_be_paused_and_ended_by_force() {
     lab.state("j", "null");
     lab.disks[0].dirty(8..16, 2);
 }
+
+#[test]
+fn a_job_whose_scratch_is_full_fails_and_the_guest_goes_on() {
+    let lab = Lab::with_scratch(&[4 * MIB], 2 * CLUSTER);
+    lab.disks[0].dirty(0..64, 1);
+    lab.ok("block-dirty-bitmap-add", json!({ "node": "d0", "name": "b" }));
+    // Three runs: one is copied at once, the others wait for the speed, and are more than scratch can take.
+    lab.disks[0].dirty((0..5).chain(10..15).chain(20..25), 2);
+    lab.raw_target("t", 4 * MIB);
+    start(&lab, "j", "t", json!({ "sync": "incremental", "bitmap": "b", "speed": 1 }));
+    lab.disks[0].dirty(0..64, 3);
+    lab.ok("block-job-set-speed", json!({ "device": "j", "speed": 0 }));
+    assert_eq!(
+        lab.event("BLOCK_JOB_COMPLETED")["error"],
+        format!("the point in time is broken: scratch is full: its limit of {} bytes is reached", 2 * CLUSTER)
+    );
+    lab.state("j", "null");
+    assert_eq!(lab.disks[0].dirty_clusters("b").len(), 64);
+    assert!(lab.disks[0].image().iter().all(|byte| *byte == 3), "every write of the guest got through");
+}

@@ -278,8 +278,10 @@ impl Destination {
                 true => Ok(()),
                 false => Err(not_found(name)),
             },
-            Destination::Path { path, format, existing, .. } => {
-                format_of(path, format.as_deref(), *existing).map(|_| ())
+            Destination::Path { format, .. } => {
+                // Whether one is needed is seen when the file is: nobody's file is looked at under the lock.
+                format.as_deref().map(str::parse::<Format>).transpose()?;
+                Ok(())
             }
         }
     }

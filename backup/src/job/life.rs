@@ -14,6 +14,7 @@ use crate::copy::{Action, Side};
 use crate::node::Node;
 use crate::point::Point;
 use blkmark_bitmap::{Commit, flip};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -24,6 +25,11 @@ use std::time::Duration;
 /// How long to leave the queue threads alone before another try to settle. Rare: one of them was kept off the processor
 /// inside its critical section.
 const BREATH: Duration = Duration::from_millis(20);
+
+thread_local! {
+    /// Of a worker: the last stop of its job that it knows of.
+    static STOP_MET: Cell<u64> = const { Cell::new(0) };
+}
 
 /// What is dropped only when the lock is free again: points, whose scratch may be large.
 pub(super) type Spent = Vec<Arc<Point>>;
@@ -68,8 +74,15 @@ fn on_error(jobs: &Jobs, key: u64, side: Side, error: &io::Error) -> Action {
         Side::Target => entry.settings.on_target_error,
     };
     let reaction = policy.reaction(error);
-    if reaction == Reaction::Stop && entry.user_paused && entry.io_status != IoStatus::Ok {
-        return Action::Retry;
+    if reaction == Reaction::Stop {
+        // An error may be from before the job was resumed: each worker tries once more before it stops the job again.
+        let stopped = entry.user_paused && entry.io_status != IoStatus::Ok;
+        if stopped || STOP_MET.get() < entry.stops {
+            STOP_MET.set(entry.stops);
+            return Action::Retry;
+        }
+        entry.stops += 1;
+        STOP_MET.set(entry.stops);
     }
     tell(jobs, entry, side, error, reaction);
     match reaction {

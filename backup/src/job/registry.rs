@@ -122,6 +122,8 @@ pub(super) struct Entry {
     /// By command, or by an error that stopped it.
     pub(super) user_paused: bool,
     pub(super) io_status: IoStatus,
+    /// How often an error stopped it.
+    pub(super) stops: u64,
     pub(super) speed: u64,
     /// It shall end as cancelled, however its thread comes back.
     pub(super) cancelled: bool,
@@ -454,6 +456,7 @@ impl Locked<'_> {
                 status: Status::Undefined,
                 user_paused: false,
                 io_status: IoStatus::Ok,
+                stops: 0,
                 cancelled: false,
                 failing: false,
                 outcome: None,

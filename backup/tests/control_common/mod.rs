@@ -66,14 +66,14 @@ pub struct Disk {
 }
 
 impl Disk {
-    pub fn new(dir: &Path, id: &str, size: u64) -> Self {
+    pub fn new(dir: &Path, id: &str, size: u64, scratch: u64) -> Self {
         let path = dir.join(format!("{id}.disk"));
         let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
         file.set_len(size).unwrap();
         let source = Arc::new(FileSource { file, size, broken: AtomicBool::new(false) });
         let tracker = Tracker::new(size, 1, 4);
         let lane = Mutex::new(tracker.lane(0).unwrap());
-        let scratch = ScratchSettings { directory: dir.to_owned(), cap: 1 << 30, memory: 1 << 20 };
+        let scratch = ScratchSettings { directory: dir.to_owned(), cap: scratch, memory: 1 << 20 };
         let shared: Arc<dyn Source> = source.clone();
         let node = Node::new(id, &path, false, tracker, shared, scratch);
         Self { node: Arc::new(node), source, path, lane }
@@ -167,9 +167,14 @@ impl Lab {
     }
 
     pub fn sized(sizes: &[u64]) -> Self {
+        Self::with_scratch(sizes, 1 << 30)
+    }
+
+    /// With room for `scratch` bytes of old data for each point in time.
+    pub fn with_scratch(sizes: &[u64], scratch: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let disks: Vec<Disk> =
-            sizes.iter().enumerate().map(|(i, size)| Disk::new(dir.path(), &format!("d{i}"), *size)).collect();
+            sizes.iter().enumerate().map(|(i, size)| Disk::new(dir.path(), &format!("d{i}"), *size, scratch)).collect();
         let events = Events::new();
         let hearer = events.subscribe();
         let nodes = disks.iter().map(|disk| Arc::clone(&disk.node)).collect();
