@@ -11,3 +11,4 @@ pub mod scratch;
 pub mod qmp;
 pub mod job;
 pub mod control;
+pub mod nbd;
