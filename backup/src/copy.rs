@@ -22,7 +22,7 @@ const CHUNK: u64 = 1 << 20;
 const HOLE: u64 = 1 << 30;
 
 /// How long an error that the operator wants ignored is left alone before the same bytes are tried again.
-const RETRY_PAUSE: Duration = Duration::from_millis(100);
+pub(crate) const RETRY_PAUSE: Duration = Duration::from_millis(100);
 
 /// Which side of a copy failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -204,7 +204,8 @@ impl CopyControl {
         }
     }
 
-    fn rest(&self, time: Duration) {
+    /// Waits for `time`, or until the copy is cancelled.
+    pub(crate) fn rest(&self, time: Duration) {
         let flow = self.flow();
         let resumed = self.changed.wait_timeout_while(flow, time, |flow| !flow.cancelled);
         drop(resumed.unwrap_or_else(|poisoned| poisoned.into_inner()));

@@ -12,3 +12,4 @@ pub mod scratch;
 pub mod qmp;
 pub mod job;
 pub mod control;
+pub mod nbd;

@@ -91,6 +91,26 @@ fn an_ignored_error_is_tried_again() {
     assert_eq!(lab.event("BLOCK_JOB_COMPLETED")["error"], Value::Null);
 }
 
+fn a_job_without_end_waits_for_its_target_too() {
+    let lab = lab();
+    set_limit(Some(LIMIT));
+    lab.ok(
+        "blockdev-backup",
+        json!({ "job-id": "j", "device": "d0", "target": "t", "sync": "none", "on-target-error": "ignore" }),
+    );
+    // Scratch has room below the limit, the target's cluster 60 lies beyond it.
+    // The guest's own write would be beyond it as well: it is let go, and never done.
+    lab.disks[0].ask(60 * CLUSTER, CLUSTER);
+    for _ in 0..3 {
+        assert_eq!(lab.event("BLOCK_JOB_ERROR"), error("ignore"));
+    }
+    set_limit(None);
+    lab.ok("job-cancel", json!({ "id": "j" }));
+    lab.event("BLOCK_JOB_CANCELLED");
+    let copy = std::fs::read(lab.path("t.raw")).unwrap();
+    assert!(copy[(60 * CLUSTER) as usize..][..CLUSTER as usize].iter().all(|byte| *byte == 1));
+}
+
 fn what_was_copied_counts_with_always() {
     let lab = lab();
     let instant = lab.disks[0].image();
@@ -139,6 +159,7 @@ fn a_target_that_fails_harms_nobody() {
     reported_errors_end_the_job();
     a_stopped_job_goes_on_when_there_is_room();
     an_ignored_error_is_tried_again();
+    a_job_without_end_waits_for_its_target_too();
     what_was_copied_counts_with_always();
     a_qcow2_that_was_not_finished_is_taken_by_nobody();
 }

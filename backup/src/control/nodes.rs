@@ -1,6 +1,6 @@
 //! Nodes: the served disks, and targets that `blockdev-add` opens and `blockdev-del` closes.
 //!
-//! A target is a chain of at most two nodes, a format (`raw`, `qcow2`) over a protocol (`file`, `host_device`), described in
+//! A target is a chain of at most two nodes, a format (`raw`, `qcow2`) over a protocol (`file`, `host_device`, `nbd`), described in
 //! one command or in two; a protocol node alone serves as a raw target. One node of a chain holds the open file, for it
 //! is locked against everybody else: a `qcow2` borrows it from its `file` for as long as it is there.
 //!
@@ -35,7 +35,7 @@ pub(super) enum Driver {
     Raw,
     /// A qcow2 image in its file.
     Qcow2,
-    /// A later version's.
+    /// An export of an NBD server.
     Nbd,
 }
 
@@ -89,6 +89,8 @@ struct Description {
 enum FileOf {
     /// A protocol node's own.
     Path(PathBuf),
+    /// An `nbd` node's own.
+    Server(options::NbdServer),
     Named(String),
     Described(Box<Description>),
 }
@@ -116,14 +118,15 @@ impl TargetNode {
         }
     }
 
-    /// Opens the file again that a node over it had.
+    /// Opens the file again that a node over it had, whose claim still stands.
     fn take_back(&self, policy: &Policy) {
-        let mut opened = self.opened();
-        if matches!(*opened, Opened::Lent) {
-            match target::open(&self.path, Format::Raw, policy) {
-                Ok(target) => *opened = Opened::Writable(target.into()),
-                Err(error) => tracing::warn!(node = self.name, %error, "could not be opened again"),
-            }
+        if !matches!(*self.opened(), Opened::Lent) {
+            return;
+        }
+        let again = open(&self.path, Format::Raw, self.read_only, policy);
+        match again {
+            Ok(opened) => *self.opened() = opened,
+            Err(error) => tracing::warn!(node = self.name, %error, "could not be opened again"),
         }
     }
 }
@@ -182,12 +185,10 @@ fn not_served(name: &str) -> QmpError {
 
 fn describe(arguments: &mut Arguments) -> Result<Description, QmpError> {
     let driver = arguments.choice("driver", DRIVERS)?;
-    if driver == Driver::Nbd {
-        return Err(QmpError::generic("Driver 'nbd' is not there yet: targets are raw, qcow2, file and host_device"));
-    }
     let common = options::node_options(arguments)?;
     let file = match driver {
-        Driver::File | Driver::HostDevice | Driver::Nbd => {
+        Driver::Nbd => FileOf::Server(options::nbd_options(arguments)?),
+        Driver::File | Driver::HostDevice => {
             options::file_options(arguments)?;
             FileOf::Path(arguments.string("filename")?.into())
         }
@@ -258,14 +259,19 @@ fn make(
             let opened = open(&path, Format::Raw, read_only, &policy)?;
             (path, opened, None)
         }
-        FileOf::Described(description) if description.driver_is_protocol() => {
-            let FileOf::Path(path) = &description.file else { unreachable!("protocols have paths") };
-            let path = path.clone();
+        FileOf::Server(server) => {
+            let opened = match read_only {
+                true => Opened::ReadOnly(server.size(&policy)?),
+                false => Opened::Writable(server.open(&policy)?),
+            };
+            (server.name().into(), opened, None)
+        }
+        FileOf::Described(description) if is_protocol(description.driver) => {
             let read_only_below = description.read_only;
             let child = make(control, *description, true, made)?;
             let claim = Claim::take(&child, Use::FileOf(name.clone()))?;
             let opened = borrow(&child, driver, read_only || read_only_below, &policy)?;
-            (path, opened, Some((child, claim)))
+            (child.path.clone(), opened, Some((child, claim)))
         }
         FileOf::Described(_) => return Err(stacked()),
         FileOf::Named(below) => {
@@ -273,7 +279,7 @@ fn make(
                 Some(_) => QmpError::generic(format!("Node '{below}' is busy: it is served to a guest")),
                 None => not_found(&below),
             })?;
-            if !matches!(child.driver, Driver::File | Driver::HostDevice) {
+            if !is_protocol(child.driver) {
                 return Err(stacked());
             }
             let claim = Claim::take(&child, Use::FileOf(name.clone()))?;
@@ -295,14 +301,12 @@ fn make(
     Ok(node)
 }
 
-impl Description {
-    fn driver_is_protocol(&self) -> bool {
-        matches!(self.driver, Driver::File | Driver::HostDevice)
-    }
+fn is_protocol(driver: Driver) -> bool {
+    matches!(driver, Driver::File | Driver::HostDevice | Driver::Nbd)
 }
 
 fn stacked() -> QmpError {
-    QmpError::generic("A format node stands on a 'file' or 'host_device' node")
+    QmpError::generic("A format node stands on a 'file', 'host_device' or 'nbd' node")
 }
 
 fn open(path: &Path, format: Format, read_only: bool, policy: &Policy) -> Result<Opened, QmpError> {
@@ -317,6 +321,13 @@ fn borrow(child: &TargetNode, driver: Driver, read_only: bool, policy: &Policy) 
     let mut below = child.opened();
     if let (Driver::Raw, false, Opened::Writable(target)) = (driver, read_only, &*below) {
         return Ok(Opened::Writable(Arc::clone(target)));
+    }
+    if child.driver == Driver::Nbd {
+        return match (driver, &*below) {
+            (Driver::Raw, Opened::Writable(target)) => Ok(Opened::ReadOnly(target.size())),
+            (Driver::Raw, Opened::ReadOnly(size)) => Ok(Opened::ReadOnly(*size)),
+            _ => Err(QmpError::generic("An 'nbd' node holds a raw image: let the server open the format")),
+        };
     }
     let read_only = read_only || matches!(*below, Opened::ReadOnly(_));
     *below = Opened::Lent;

@@ -4,10 +4,13 @@
 //! name.
 
 use crate::job::{OnError, Settings};
+use crate::nbd::{Address, Client, ClientSettings, NbdTarget};
 use crate::qmp::{Arguments, QmpError};
-use crate::target::Target;
+use crate::target::{Policy, Target};
 use blkmark_bitmap::Granularity;
 use serde_json::{Map, Value};
+use std::sync::Arc;
+use std::time::Duration;
 
 /// What every node description may have.
 pub(super) struct NodeOptions {
@@ -63,6 +66,67 @@ pub(super) fn qcow2_options(arguments: &mut Arguments) -> Result<(), QmpError> {
         }
     }
     Ok(())
+}
+
+/// An export as `blockdev-add` describes it.
+pub(super) struct NbdServer {
+    address: Address,
+    export: String,
+    settings: ClientSettings,
+}
+
+/// Reads the members of `nbd`.
+pub(super) fn nbd_options(arguments: &mut Arguments) -> Result<NbdServer, QmpError> {
+    #[derive(Clone)]
+    enum Kind {
+        Unix,
+        Inet,
+    }
+    let mut server = arguments.object("server")?;
+    let address = match server.choice("type", &[("unix", Kind::Unix), ("inet", Kind::Inet)])? {
+        Kind::Unix => Address::Unix(server.string("path")?.into()),
+        Kind::Inet => {
+            server.opt_bool("keep-alive")?;
+            Address::Tcp { host: server.string("host")?, port: server.string("port")? }
+        }
+    };
+    server.finish()?;
+    let export = arguments.opt_string("export")?.unwrap_or_default();
+    for name in ["tls-creds", "tls-hostname", "x-dirty-bitmap"] {
+        if arguments.has(name) {
+            return Err(QmpError::generic(format!("Parameter '{}' is not supported", arguments.path_of(name))));
+        }
+    }
+    if arguments.opt_u32("reconnect-delay")?.unwrap_or(0) != 0 {
+        return Err(QmpError::generic(
+            "reconnect-delay is not supported: a server that was lost may have lost what it had answered for",
+        ));
+    }
+    let open = Duration::from_secs(arguments.opt_u32("open-timeout")?.unwrap_or(0).into());
+    Ok(NbdServer { address, export, settings: ClientSettings { open, ..ClientSettings::default() } })
+}
+
+impl NbdServer {
+    /// QEMU's way to write it.
+    pub(super) fn name(&self) -> String {
+        self.address.url(&self.export)
+    }
+
+    /// Connects, to write to it.
+    pub(super) fn open(&self, policy: &Policy) -> Result<Arc<dyn Target>, QmpError> {
+        match NbdTarget::open(&self.address, &self.export, self.settings, policy) {
+            Ok(target) => Ok(Arc::new(target)),
+            Err(error) => Err(QmpError::generic(error.to_string())),
+        }
+    }
+
+    /// Looks how many bytes it has.
+    pub(super) fn size(&self, policy: &Policy) -> Result<u64, QmpError> {
+        match Client::connect(&self.address, &self.export, self.settings, policy) {
+            Ok(client) => Ok(client.export().size),
+            Err(error) => Err(QmpError::generic(error.to_string())),
+        }
+    }
 }
 
 /// No description is deeper; what is, is refused as it stands.

@@ -175,7 +175,10 @@ impl Backup {
             while let Err(error) = self.put(cluster, data) {
                 match on_error(Side::Target, &error) {
                     Action::Report => return Err(Failure::Error(os_text(&error))),
-                    Action::Retry | Action::Stop => control.admit(0)?,
+                    Action::Retry | Action::Stop => {
+                        control.rest(copy::RETRY_PAUSE);
+                        control.admit(0)?;
+                    }
                 }
             }
             control.add_done(cluster.len());

@@ -23,6 +23,7 @@ use crate::file_lock::LockError;
 use crate::source::FileId;
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -59,6 +60,10 @@ pub trait Target: Send + Sync {
     /// [`Target::flush`], then declares the contents complete: clears the mark of an unfinished qcow2, and makes the
     /// name of a created file durable. May be called again after more writes.
     fn conclude(&self) -> io::Result<()>;
+
+    /// Makes what waits in here fail at once, and everything later. For a target that no longer answers, when nobody wants
+    /// to wait for its time limits. May be called from any thread; files have nothing to wait for.
+    fn interrupt(&self) {}
 
     /// Removes the file if this target created it and its name still leads to it; otherwise does nothing.
     fn abandon(&self) -> io::Result<()>;
@@ -232,6 +237,11 @@ pub fn os_text(error: &io::Error) -> String {
         (Some(_), Some(end)) => text[..end].to_owned(),
         _ => text,
     }
+}
+
+/// A reference to what `path` names (a socket, say), found as images are: beneath the roots, no link in the last place.
+pub(crate) fn locate(path: &Path, policy: &Policy) -> io::Result<OwnedFd> {
+    place::open_beneath(path, rustix::fs::OFlags::PATH | rustix::fs::OFlags::NOFOLLOW, policy)
 }
 
 /// Makes a new image and opens it for writing.

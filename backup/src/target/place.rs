@@ -108,7 +108,7 @@ pub(super) fn open_for_reading(path: &Path, policy: &Policy) -> io::Result<File>
     Ok(file)
 }
 
-fn open_beneath(path: &Path, flags: OFlags, policy: &Policy) -> io::Result<OwnedFd> {
+pub(super) fn open_beneath(path: &Path, flags: OFlags, policy: &Policy) -> io::Result<OwnedFd> {
     let flags = flags | OFlags::CLOEXEC;
     if policy.roots.is_empty() {
         return Ok(rustix::fs::openat(CWD, path, flags, Mode::empty())?);

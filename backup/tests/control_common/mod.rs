@@ -85,7 +85,16 @@ impl Disk {
     }
 
     pub fn write_bytes(&self, offset: u64, bytes: &[u8]) {
-        let range = ByteRange::new(offset, bytes.len() as u64);
+        self.admitted(offset, bytes.len() as u64, || self.source.file.write_all_at(bytes, offset).unwrap());
+    }
+
+    /// A write that is admitted, and then fails without having written anything.
+    pub fn ask(&self, offset: u64, len: u64) {
+        self.admitted(offset, len, || ());
+    }
+
+    fn admitted(&self, offset: u64, len: u64, write: impl FnOnce()) {
+        let range = ByteRange::new(offset, len);
         let mut lane = self.lane.lock().unwrap();
         loop {
             let admitted = lane.enter().admit(0, range);
@@ -98,7 +107,7 @@ impl Disk {
                 }
             }
         }
-        self.source.file.write_all_at(bytes, offset).unwrap();
+        write();
         lane.finish(0);
     }
 

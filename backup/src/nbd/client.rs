@@ -1,0 +1,421 @@
+//! A connection to an NBD server, on which many threads have requests under way at once.
+//!
+//! Used by `target`. Who makes a request writes it under a lock and waits; one thread reads all replies and wakes whom each
+//! is for. One connection is enough: a server works on the requests of one as it does on those of several, and a flush then
+//! covers everything that was answered before it, whatever the server promises of several connections.
+//!
+//! Invariants: a request is answered once, with what the server said or with why the connection is over; a connection that
+//! broke stays broken, for what an unknown server forgot of the writes since the last flush cannot be known; no request
+//! outlasts the time limit, and [`Client::shutdown`] ends all of them at once.
+
+use super::address::{Address, Stream, Timed};
+use super::handshake::negotiate;
+use super::protocol::{
+    REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, STRING_MAX, STRUCTURED_REPLY_MAGIC, chunk, command, errno_of, shown,
+};
+use crate::target::{Policy, os_text};
+use std::collections::HashMap;
+use std::fmt;
+use std::io::{self, BufReader, Read};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How often a send that does not get on looks whether it still should.
+const SEND_TICK: Duration = Duration::from_secs(1);
+
+/// How long the last word to a server may take.
+const FAREWELL: Duration = Duration::from_millis(200);
+
+/// How long is waited before a server that was not there is tried again.
+const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Time limits of a connection.
+#[derive(Clone, Copy, Debug)]
+pub struct ClientSettings {
+    /// For how long a server that is not there is tried again (QEMU's `open-timeout`).
+    pub open: Duration,
+    /// Connecting and the handshake, together.
+    pub handshake: Duration,
+    /// One request. Generous: a flush may have gigabytes to bring home.
+    pub request: Duration,
+}
+
+impl Default for ClientSettings {
+    fn default() -> Self {
+        Self { open: Duration::ZERO, handshake: Duration::from_secs(30), request: Duration::from_secs(300) }
+    }
+}
+
+/// What the server said of the export, checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Export {
+    /// Bytes; a multiple of `min_block`.
+    pub size: u64,
+    /// Of [`super::protocol::export_flag`].
+    pub flags: u16,
+    /// What offsets and lengths are multiples of; a power of two.
+    pub min_block: u32,
+    /// What they had better be multiples of; a power of two.
+    pub preferred_block: u32,
+    /// The longest payload; a multiple of `min_block`.
+    pub max_payload: u32,
+    /// Whether replies may come in chunks.
+    pub structured: bool,
+}
+
+impl Export {
+    /// Whether it has this flag of [`super::protocol::export_flag`].
+    pub fn can(&self, flag: u16) -> bool {
+        self.flags & flag != 0
+    }
+}
+
+/// Why there is no connection to an export. The text is QEMU's where it has the case.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody is there.
+    #[error("Failed to connect to '{address}': {}", os_text(source))]
+    Connect {
+        /// Where.
+        address: Address,
+        /// The reason.
+        source: io::Error,
+    },
+    /// The connection ended in the handshake.
+    #[error("Failed to read data: {}", handshake_text(.0))]
+    Lost(#[from] io::Error),
+    /// No such export.
+    #[error("Requested export not available")]
+    NoExport(String),
+    /// The server talks only over TLS.
+    #[error("Server requires TLS, which blkmark does not speak to targets")]
+    TlsRequired,
+    /// The server does not want to.
+    #[error("{0}")]
+    Refused(String),
+    /// The server makes no sense.
+    #[error("NBD server at fault: {0}")]
+    Protocol(String),
+    /// A name that no export has.
+    #[error("export name too long to send to server")]
+    NameTooLong,
+    /// The export exists and cannot be written.
+    #[error("Export '{0}' is read-only")]
+    ReadOnly(String),
+    /// The export can be written, but not safely.
+    #[error("Export '{0}' supports neither flush nor FUA: a backup in it could not be made durable")]
+    NotDurable(String),
+}
+
+fn handshake_text(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => "the server closed the connection".to_owned(),
+        io::ErrorKind::TimedOut => "the server does not answer".to_owned(),
+        _ => os_text(error),
+    }
+}
+
+/// A request under way.
+enum Waiting {
+    /// Not answered; with an error that came ahead of the end of the reply.
+    Open(Option<i32>),
+    Answered(Result<(), i32>),
+}
+
+#[derive(Default)]
+struct Table {
+    last: u64,
+    waiting: HashMap<u64, Waiting>,
+    /// Why the connection is over.
+    broken: Option<String>,
+}
+
+struct Shared {
+    stream: Stream,
+    table: Mutex<Table>,
+    answered: Condvar,
+    /// Held by who sends.
+    sending: Mutex<()>,
+    name: String,
+}
+
+/// A connection in its transmission phase.
+pub struct Client {
+    shared: Arc<Shared>,
+    export: Export,
+    request_time: Duration,
+    reader: Option<JoinHandle<()>>,
+}
+
+/// A request without its payload.
+#[derive(Clone, Copy, Debug)]
+pub struct Request {
+    /// Of [`command`].
+    pub kind: u16,
+    /// Of [`super::protocol::command_flag`].
+    pub flags: u16,
+    /// Where.
+    pub offset: u64,
+    /// How much.
+    pub len: u32,
+}
+
+impl Client {
+    /// Connects to `export` at `address`, trying again for as long as the settings say.
+    pub fn connect(
+        address: &Address,
+        export: &str,
+        settings: ClientSettings,
+        policy: &Policy,
+    ) -> Result<Self, ClientError> {
+        if export.len() > STRING_MAX {
+            return Err(ClientError::NameTooLong);
+        }
+        let give_up = Instant::now() + settings.open;
+        loop {
+            match Self::connect_once(address, export, settings, policy) {
+                Err(ClientError::Connect { .. } | ClientError::Lost(_)) if Instant::now() < give_up => {
+                    std::thread::sleep(RECONNECT_PAUSE);
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    fn connect_once(
+        address: &Address,
+        name: &str,
+        settings: ClientSettings,
+        policy: &Policy,
+    ) -> Result<Self, ClientError> {
+        let deadline = Instant::now() + settings.handshake;
+        let stream = address
+            .connect(policy, deadline)
+            .map_err(|source| ClientError::Connect { address: address.clone(), source })?;
+        let export = negotiate(Timed::new(&stream, deadline), name)?;
+        stream.set_timeouts(None, Some(SEND_TICK))?;
+        let shared = Arc::new(Shared {
+            stream,
+            table: Mutex::default(),
+            answered: Condvar::new(),
+            sending: Mutex::default(),
+            name: address.url(name),
+        });
+        let reads = Arc::clone(&shared);
+        let reader = std::thread::Builder::new().name("nbd-replies".to_owned()).spawn(move || reads.read_replies())?;
+        Ok(Self { shared, export, request_time: settings.request, reader: Some(reader) })
+    }
+
+    /// What the server said of the export.
+    pub fn export(&self) -> &Export {
+        &self.export
+    }
+
+    /// QEMU's way to write where this leads.
+    pub fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    /// Ends the connection; requests under way fail at once, and so do later ones. May be called from any thread.
+    pub fn shutdown(&self) {
+        self.shared.end("it was shut down");
+    }
+
+    /// Makes a request, with its payload if it is a write, and waits for the answer. Errors that the server
+    /// gave have a `raw_os_error`.
+    pub fn request(&self, request: Request, payload: &[u8]) -> io::Result<()> {
+        let deadline = Instant::now() + self.request_time;
+        let cookie = self.shared.register()?;
+        let mut head = [0; 28];
+        head[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
+        head[4..6].copy_from_slice(&request.flags.to_be_bytes());
+        head[6..8].copy_from_slice(&request.kind.to_be_bytes());
+        head[8..16].copy_from_slice(&cookie.to_be_bytes());
+        head[16..24].copy_from_slice(&request.offset.to_be_bytes());
+        head[24..].copy_from_slice(&request.len.to_be_bytes());
+        {
+            let _sending = self.shared.sending.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            if let Err(error) = self.shared.stream.send(&head, payload, || Instant::now() < deadline) {
+                // Half a request may be out: there is no way on.
+                self.shared.end(&match error.kind() {
+                    io::ErrorKind::WouldBlock => "the server takes no more data".to_owned(),
+                    _ => os_text(&error),
+                });
+            }
+        }
+        match self.shared.answer(cookie, deadline)? {
+            Ok(()) => Ok(()),
+            Err(errno) => {
+                if errno == libc::ESHUTDOWN {
+                    self.shared.end("the server is shutting down");
+                }
+                Err(io::Error::from_raw_os_error(errno))
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// The connection is over. The first reason is the one that counts.
+    fn end(&self, reason: &str) {
+        let mut table = self.table();
+        if table.broken.is_none() {
+            table.broken = Some(reason.to_owned());
+        }
+        drop(table);
+        self.stream.shutdown();
+        self.answered.notify_all();
+    }
+
+    fn gone(&self, reason: &str) -> io::Error {
+        io::Error::new(io::ErrorKind::ConnectionAborted, format!("Connection to '{}' is over: {reason}", self.name))
+    }
+
+    fn register(&self) -> io::Result<u64> {
+        let mut table = self.table();
+        if let Some(reason) = &table.broken {
+            return Err(self.gone(reason));
+        }
+        table.last += 1;
+        let cookie = table.last;
+        table.waiting.insert(cookie, Waiting::Open(None));
+        Ok(cookie)
+    }
+
+    fn answer(&self, cookie: u64, deadline: Instant) -> io::Result<Result<(), i32>> {
+        let mut table = self.table();
+        loop {
+            if let Some(Waiting::Answered(answer)) = table.waiting.get(&cookie) {
+                let answer = *answer;
+                table.waiting.remove(&cookie);
+                return Ok(answer);
+            }
+            if let Some(reason) = &table.broken {
+                let error = self.gone(reason);
+                table.waiting.remove(&cookie);
+                return Err(error);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                drop(table);
+                self.end("the server does not answer");
+                table = self.table();
+                continue;
+            }
+            table = self.answered.wait_timeout(table, left).unwrap_or_else(|poisoned| poisoned.into_inner()).0;
+        }
+    }
+
+    /// The reader's thread.
+    fn read_replies(&self) {
+        let mut replies = BufReader::new(&self.stream);
+        let reason = loop {
+            match self.read_reply(&mut replies) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                    break "the server closed the connection".to_owned();
+                }
+                Err(error) => break os_text(&error),
+            }
+        };
+        self.end(&reason);
+    }
+
+    fn read_reply(&self, replies: &mut impl Read) -> io::Result<()> {
+        let mut magic = [0; 4];
+        replies.read_exact(&mut magic)?;
+        match u32::from_be_bytes(magic) {
+            SIMPLE_REPLY_MAGIC => {
+                let (mut error, mut cookie) = ([0; 4], [0; 8]);
+                replies.read_exact(&mut error)?;
+                replies.read_exact(&mut cookie)?;
+                let error = match u32::from_be_bytes(error) {
+                    0 => None,
+                    error => Some(errno_of(error)),
+                };
+                self.chunk(u64::from_be_bytes(cookie), error, true)
+            }
+            STRUCTURED_REPLY_MAGIC => {
+                let (mut flags, mut kind, mut cookie, mut length) = ([0; 2], [0; 2], [0; 8], [0; 4]);
+                replies.read_exact(&mut flags)?;
+                replies.read_exact(&mut kind)?;
+                replies.read_exact(&mut cookie)?;
+                replies.read_exact(&mut length)?;
+                let done = u16::from_be_bytes(flags) & chunk::DONE != 0;
+                let error = match (u16::from_be_bytes(kind), u32::from_be_bytes(length)) {
+                    (chunk::NONE, 0) if done => None,
+                    (kind, length) if kind & chunk::ERROR_BIT != 0 => Some(self.error_chunk(replies, length)?),
+                    _ => return Err(fault("a reply that fits no request")),
+                };
+                self.chunk(u64::from_be_bytes(cookie), error, done)
+            }
+            _ => Err(fault("a reply with the wrong magic")),
+        }
+    }
+
+    /// All errors begin with a number and a text; what follows is of no interest here.
+    fn error_chunk(&self, replies: &mut impl Read, length: u32) -> io::Result<i32> {
+        // Number, length of the text, the text, and an offset.
+        if !(6..=6 + STRING_MAX as u32 + 8).contains(&length) {
+            return Err(fault("an error with the wrong length"));
+        }
+        let mut data = vec![0; length as usize];
+        replies.read_exact(&mut data)?;
+        let (head, rest) = data.split_at(6);
+        let text = usize::from(u16::from_be_bytes([head[4], head[5]]));
+        let text = rest.get(..text).ok_or_else(|| fault("an error with the wrong length"))?;
+        let errno = errno_of(u32::from_be_bytes([head[0], head[1], head[2], head[3]]));
+        if !text.is_empty() {
+            tracing::warn!(target = self.name, errno, text = shown(text), "the NBD server explains an error");
+        }
+        Ok(errno)
+    }
+
+    /// Notes what a reply says, and wakes who waits for it if that was all.
+    fn chunk(&self, cookie: u64, error: Option<i32>, done: bool) -> io::Result<()> {
+        let mut table = self.table();
+        let Some(Waiting::Open(earlier)) = table.waiting.get_mut(&cookie) else {
+            return Err(fault("a reply to no request"));
+        };
+        let error = earlier.or(error);
+        *earlier = error;
+        if done {
+            table.waiting.insert(cookie, Waiting::Answered(error.map_or(Ok(()), Err)));
+            drop(table);
+            self.answered.notify_all();
+        }
+        Ok(())
+    }
+}
+
+fn fault(text: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("the server is at fault: {text}"))
+}
+
+impl Drop for Client {
+    /// Says goodbye, if the connection still stands.
+    fn drop(&mut self) {
+        if self.shared.table().broken.is_none() {
+            let mut head = [0; 28];
+            head[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
+            head[6..8].copy_from_slice(&command::DISC.to_be_bytes());
+            let polite = self.shared.stream.set_timeouts(None, Some(FAREWELL));
+            let _ = polite.and_then(|()| self.shared.stream.send(&head, &[], || false));
+        }
+        self.shared.end("it was closed");
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+        }
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("name", &self.shared.name).field("export", &self.export).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,448 @@
+//! The promise: an NBD server that lies, stalls or dies gives an error that says so, and never a hang, a panic or a false success.
+//!
+//! The servers here are scripts: what each connection hears and says is written out.
+
+mod control_common;
+
+use blkmark_backup::nbd::{Address, ClientSettings, NbdTarget};
+use blkmark_backup::target::{Policy, Target};
+use control_common::GIVE_UP;
+use proptest::prelude::*;
+use std::io::{self, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
+const REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
+const ACK: u32 = 1;
+const INFO: u32 = 3;
+const UNSUP: u32 = 0x8000_0001;
+const STRUCTURED: u32 = 8;
+const GO: u32 = 7;
+/// Has flags, flush, FUA, write zeroes.
+const FLAGS: u16 = 1 | 4 | 8 | 64;
+const SIZE: u64 = 1 << 20;
+
+/// One connection of a server, from its side.
+struct Peer(UnixStream);
+
+impl Peer {
+    fn say(&mut self, parts: &[&[u8]]) -> io::Result<()> {
+        self.0.write_all(&parts.concat())
+    }
+
+    fn hear<const N: usize>(&mut self) -> io::Result<[u8; N]> {
+        let mut bytes = [0; N];
+        self.0.read_exact(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn greet(&mut self) -> io::Result<()> {
+        self.say(&[b"NBDMAGIC", &OPTION_MAGIC.to_be_bytes(), &3_u16.to_be_bytes()])?;
+        assert_eq!(self.hear()?, 3_u32.to_be_bytes());
+        Ok(())
+    }
+
+    fn option(&mut self) -> io::Result<(u32, Vec<u8>)> {
+        assert_eq!(self.hear()?, OPTION_MAGIC.to_be_bytes());
+        let option = u32::from_be_bytes(self.hear()?);
+        let mut data = vec![0; u32::from_be_bytes(self.hear()?) as usize];
+        self.0.read_exact(&mut data)?;
+        Ok((option, data))
+    }
+
+    fn reply(&mut self, option: u32, kind: u32, data: &[u8]) -> io::Result<()> {
+        let length = (data.len() as u32).to_be_bytes();
+        self.say(&[&REPLY_MAGIC.to_be_bytes(), &option.to_be_bytes(), &kind.to_be_bytes(), &length, data])
+    }
+
+    /// Up to the question for the export.
+    fn until_go(&mut self, structured: u32) -> io::Result<()> {
+        self.greet()?;
+        assert_eq!(self.option()?.0, STRUCTURED);
+        self.reply(STRUCTURED, structured, &[])?;
+        assert_eq!(self.option()?.0, GO);
+        Ok(())
+    }
+
+    fn about(&mut self, size: u64, flags: u16) -> io::Result<()> {
+        self.reply(GO, INFO, &[&[0, 0][..], &size.to_be_bytes(), &flags.to_be_bytes()].concat())
+    }
+
+    /// Through the whole handshake.
+    fn serve(&mut self) -> io::Result<()> {
+        self.until_go(ACK)?;
+        self.about(SIZE, FLAGS)?;
+        self.reply(GO, ACK, &[])
+    }
+
+    /// A request's flags, kind, cookie, offset and length.
+    fn request(&mut self) -> io::Result<(u16, u16, u64, u64, u32)> {
+        assert_eq!(self.hear()?, 0x2560_9513_u32.to_be_bytes());
+        let flags = u16::from_be_bytes(self.hear()?);
+        let kind = u16::from_be_bytes(self.hear()?);
+        let cookie = u64::from_be_bytes(self.hear()?);
+        let offset = u64::from_be_bytes(self.hear()?);
+        let len = u32::from_be_bytes(self.hear()?);
+        if kind == 1 {
+            let mut data = vec![0; len as usize];
+            self.0.read_exact(&mut data)?;
+        }
+        Ok((flags, kind, cookie, offset, len))
+    }
+
+    fn simple(&mut self, cookie: u64, error: u32) -> io::Result<()> {
+        self.say(&[&0x6744_6698_u32.to_be_bytes(), &error.to_be_bytes(), &cookie.to_be_bytes()])
+    }
+
+    fn chunk(&mut self, flags: u16, kind: u16, cookie: u64, length: u32, payload: &[u8]) -> io::Result<()> {
+        let head = [&0x668e_33ef_u32.to_be_bytes()[..], &flags.to_be_bytes(), &kind.to_be_bytes()].concat();
+        self.say(&[&head, &cookie.to_be_bytes(), &length.to_be_bytes(), payload])
+    }
+
+    /// Says nothing, until the client is gone.
+    fn stall(&mut self) -> io::Result<()> {
+        io::copy(&mut self.0, &mut io::sink()).map(drop)
+    }
+}
+
+/// A server with one connection, and what a client has to know of it.
+struct Scene {
+    address: Address,
+    script: Option<JoinHandle<io::Result<()>>>,
+    _dir: tempfile::TempDir,
+}
+
+impl Scene {
+    fn new(script: impl FnOnce(&mut Peer) -> io::Result<()> + Send + 'static) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let script = std::thread::spawn(move || {
+            let mut peer = Peer(listener.accept()?.0);
+            peer.0.set_read_timeout(Some(GIVE_UP))?;
+            script(&mut peer)
+        });
+        Self { address: Address::Unix(path), script: Some(script), _dir: dir }
+    }
+
+    fn open(&self) -> Result<NbdTarget, String> {
+        self.open_within(GIVE_UP)
+    }
+
+    fn open_within(&self, request: Duration) -> Result<NbdTarget, String> {
+        let settings = ClientSettings { open: Duration::ZERO, handshake: GIVE_UP, request };
+        NbdTarget::open(&self.address, "x", settings, &Policy::default()).map_err(|error| error.to_string())
+    }
+
+    /// The script ran as written (a client that hangs up on a liar may leave it in the middle).
+    fn over(mut self) {
+        let _ = self.script.take().unwrap().join().expect("the script heard what it expects");
+    }
+}
+
+fn refused(script: impl FnOnce(&mut Peer) -> io::Result<()> + Send + 'static) -> String {
+    let scene = Scene::new(script);
+    let error = scene.open().expect_err("this server is refused");
+    scene.over();
+    error
+}
+
+#[test]
+fn a_server_that_makes_no_sense_is_refused() {
+    let fault = |text: &str| format!("NBD server at fault: {text}");
+    assert_eq!(refused(|p| p.say(&[b"HTTP/1.1 400 Bad Request\r\n\r\n"])), fault("the server does not speak NBD"));
+    assert_eq!(
+        refused(|p| p.say(&[b"NBDMAGIC", &0x0000_4202_8186_1253_u64.to_be_bytes()])),
+        fault("the server speaks only the oldest form of NBD")
+    );
+    assert_eq!(refused(|_| Ok(())), "Failed to read data: the server closed the connection");
+    let wrong_option = |p: &mut Peer| {
+        p.greet()?;
+        p.option()?;
+        p.reply(GO, ACK, &[])
+    };
+    assert_eq!(refused(wrong_option), fault("the server replied to an option that was not asked"));
+    let long = |p: &mut Peer| {
+        p.greet()?;
+        p.option()?;
+        let (magic, kind) = (REPLY_MAGIC.to_be_bytes(), STRUCTURED.to_be_bytes());
+        p.say(&[&magic, &kind, &ACK.to_be_bytes(), &u32::MAX.to_be_bytes()])
+    };
+    assert_eq!(refused(long), fault("a reply to an option is 4294967295 bytes long"));
+    let nothing = |p: &mut Peer| {
+        p.until_go(ACK)?;
+        p.reply(GO, ACK, &[])
+    };
+    assert_eq!(refused(nothing), fault("the server does not tell the export's size"));
+    let short = |p: &mut Peer| {
+        p.until_go(ACK)?;
+        p.reply(GO, INFO, &[0, 0, 1])
+    };
+    assert_eq!(refused(short), fault("information on the export has the wrong length"));
+    for (size, sizes, text) in [
+        (u64::MAX, [1, 4096, 1 << 20], "the export's size 18446744073709551615 makes no sense with blocks of 1"),
+        (SIZE + 1, [512, 4096, 1 << 20], "the export's size 1048577 makes no sense with blocks of 512"),
+        (SIZE, [0, 4096, 1 << 20], "block sizes 0 and 4096 make no sense"),
+        (SIZE, [3, 4096, 1 << 20], "block sizes 3 and 4096 make no sense"),
+        (SIZE, [1 << 17, 1 << 17, 1 << 20], "block sizes 131072 and 131072 make no sense"),
+        (SIZE, [4096, 512, 1 << 20], "block sizes 4096 and 512 make no sense"),
+        (SIZE, [4096, 4096, 0], "block sizes 4096 and 4096 make no sense"),
+    ] {
+        let script = move |p: &mut Peer| {
+            p.until_go(UNSUP)?;
+            p.about(size, FLAGS)?;
+            let sizes: Vec<u8> = sizes.iter().flat_map(|size: &u32| size.to_be_bytes()).collect();
+            p.reply(GO, INFO, &[&[0, 3][..], &sizes].concat())?;
+            p.reply(GO, ACK, &[])
+        };
+        assert_eq!(refused(script), fault(text));
+    }
+    let flags = |p: &mut Peer| {
+        p.until_go(ACK)?;
+        p.about(SIZE, 0)?;
+        p.reply(GO, ACK, &[])
+    };
+    assert_eq!(refused(flags), fault("the export's flags make no sense"));
+}
+
+#[test]
+fn a_server_that_does_not_want_is_quoted() {
+    for (kind, text) in [
+        (0x8000_0002, "Denied by server: no \u{fffd}way"),
+        (0x8000_0005, "Server requires TLS, which blkmark does not speak to targets"),
+        (0x8000_0006, "Requested export not available"),
+        (0x8000_0007, "Server is shutting down: no \u{fffd}way"),
+        (0x8000_0063, "Server refused the export with error 0x80000063: no \u{fffd}way"),
+    ] {
+        let script = move |p: &mut Peer| {
+            p.until_go(ACK)?;
+            p.reply(GO, kind, b"no\n \xffway")
+        };
+        assert_eq!(refused(script), text);
+    }
+    let unsafe_flags = |p: &mut Peer| {
+        p.until_go(ACK)?;
+        p.about(SIZE, 1)?;
+        p.reply(GO, ACK, &[])
+    };
+    assert_eq!(
+        refused(unsafe_flags),
+        "Export 'x' supports neither flush nor FUA: a backup in it could not be made durable"
+    );
+}
+
+#[test]
+fn a_server_of_the_first_newstyle_is_served() {
+    for newstyle in [0_u16, 3] {
+        let scene = Scene::new(move |p| {
+            p.say(&[b"NBDMAGIC", &OPTION_MAGIC.to_be_bytes(), &newstyle.to_be_bytes()])?;
+            assert_eq!(p.hear()?, u32::from(newstyle).to_be_bytes());
+            if newstyle & 1 != 0 {
+                for option in [STRUCTURED, GO] {
+                    assert_eq!(p.option()?.0, option);
+                    p.reply(option, UNSUP, &[])?;
+                }
+            }
+            assert_eq!(p.option()?, (1, b"x".to_vec()));
+            let padding: &[u8] = if newstyle & 2 == 0 { &[0; 124] } else { &[] };
+            // It can FUA, and neither flush nor zero.
+            p.say(&[&SIZE.to_be_bytes(), &9_u16.to_be_bytes(), padding])?;
+            let (flags, kind, cookie, offset, len) = p.request()?;
+            assert_eq!((flags, kind, offset, len), (1, 1, 512, 1024));
+            p.simple(cookie, 0)?;
+            assert_eq!(p.request()?.1, 2);
+            Ok(())
+        });
+        let target = scene.open().unwrap();
+        target.write_zeroes_at(512, 1024).unwrap();
+        assert_eq!(target.write_at(&[1; 10], 0).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(target.write_at(&[1; 512], SIZE).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        target.conclude().unwrap();
+        drop(target);
+        scene.over();
+    }
+}
+
+/// What a write meets with a server that goes on like this once the request is there.
+fn write_error(script: impl FnOnce(&mut Peer, u64) -> io::Result<()> + Send + 'static) -> io::Error {
+    let scene = Scene::new(move |p| {
+        p.serve()?;
+        let cookie = p.request()?.2;
+        script(p, cookie)?;
+        p.stall()
+    });
+    let target = scene.open().unwrap();
+    let error = target.write_at(&[1; 4096], 0).expect_err("the write fails");
+    if error.raw_os_error().is_none() {
+        // The connection is over, for whatever comes.
+        assert!(target.flush().is_err() && target.write_zeroes_at(0, 512).is_err());
+    }
+    drop(target);
+    scene.over();
+    error
+}
+
+#[test]
+fn a_lying_reply_ends_the_connection_and_fails_the_request() {
+    type Lie = fn(&mut Peer, u64) -> io::Result<()>;
+    let cases: Vec<(Lie, &str)> = vec![
+        (|p, cookie| p.simple(cookie + 1, 0), "a reply to no request"),
+        (|p, _| p.say(&[b"NBDNBDNBDNBDNBDN"]), "a reply with the wrong magic"),
+        (|p, cookie| p.chunk(1, 1, cookie, 12, &[0; 12]), "a reply that fits no request"),
+        (|p, cookie| p.chunk(0, 0, cookie, 0, &[]), "a reply that fits no request"),
+        (|p, cookie| p.chunk(1, 0, cookie, u32::MAX, &[]), "a reply that fits no request"),
+        (|p, cookie| p.chunk(1, 0x8001, cookie, u32::MAX, &[]), "an error with the wrong length"),
+        (|p, cookie| p.chunk(1, 0x8001, cookie, 5, &[0; 5]), "an error with the wrong length"),
+        (|p, cookie| p.chunk(1, 0x8001, cookie, 7, &[0, 0, 0, 5, 0, 9, 0]), "an error with the wrong length"),
+        (|p, _| p.0.shutdown(std::net::Shutdown::Both), "the server closed the connection"),
+        (
+            |p, cookie| {
+                p.say(&[&0x6744_6698_u32.to_be_bytes(), &cookie.to_be_bytes()[..3]])
+                    .and_then(|()| p.0.shutdown(std::net::Shutdown::Both))
+            },
+            "the server closed the connection",
+        ),
+    ];
+    for (script, text) in cases {
+        let error = write_error(script);
+        assert_eq!((error.kind(), error.raw_os_error()), (io::ErrorKind::ConnectionAborted, None));
+        assert!(error.to_string().contains(text), "{error}, not {text}");
+    }
+}
+
+#[test]
+fn an_error_of_the_server_keeps_its_number() {
+    assert_eq!(write_error(|p, cookie| p.simple(cookie, 28)).raw_os_error(), Some(libc::ENOSPC));
+    assert_eq!(write_error(|p, cookie| p.simple(cookie, 4711)).raw_os_error(), Some(libc::EINVAL));
+    let told = |p: &mut Peer, cookie: u64| {
+        p.chunk(0, 0x8001, cookie, 9, &[0, 0, 0, 5, 0, 3, b'b', b'a', b'd'])?;
+        p.chunk(1, 0, cookie, 0, &[])
+    };
+    assert_eq!(write_error(told).raw_os_error(), Some(libc::EIO));
+    let at = |p: &mut Peer, cookie: u64| p.chunk(1, 0x8002, cookie, 14, &[0, 0, 0, 28, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(write_error(at).raw_os_error(), Some(libc::ENOSPC));
+}
+
+#[test]
+fn a_request_ends_at_the_time_limit_or_when_it_is_interrupted() {
+    for reads in [true, false] {
+        let scene = Scene::new(move |p| {
+            p.serve()?;
+            if reads {
+                p.stall()
+            } else {
+                p.hear::<1>().map(drop)?;
+                std::thread::park_timeout(GIVE_UP / 2);
+                Ok(())
+            }
+        });
+        let target = Arc::new(scene.open_within(Duration::from_millis(300)).unwrap());
+        let error = target.write_at(&vec![1; SIZE as usize], 0).unwrap_err();
+        let text = if reads { "the server does not answer" } else { "the server" };
+        assert!(error.to_string().contains(text), "{error}");
+        drop(target);
+        scene.script.as_ref().unwrap().thread().unpark();
+        scene.over();
+    }
+    let (heard, hears) = std::sync::mpsc::channel();
+    let scene = Scene::new(move |p| {
+        p.serve()?;
+        for _ in 0..3 {
+            p.request()?;
+        }
+        heard.send(()).unwrap();
+        p.stall()
+    });
+    let target = scene.open().unwrap();
+    std::thread::scope(|scope| {
+        let stuck: Vec<_> = (0..3).map(|_| scope.spawn(|| target.write_at(&[1; 512], 0))).collect();
+        hears.recv_timeout(GIVE_UP).unwrap();
+        target.interrupt();
+        for write in stuck {
+            assert!(write.join().unwrap().unwrap_err().to_string().contains("it was shut down"));
+        }
+    });
+    drop(target);
+    scene.over();
+}
+
+#[test]
+fn a_handshake_that_stalls_ends_at_its_time_limit() {
+    let scene = Scene::new(|p| {
+        p.greet()?;
+        // Byte by byte it never ends, but the limit is for all of it.
+        while p.say(&[&[0x00]]).is_ok() {
+            std::thread::park_timeout(Duration::from_millis(10));
+        }
+        Ok(())
+    });
+    let settings = ClientSettings { handshake: Duration::from_millis(55), ..ClientSettings::default() };
+    let error = NbdTarget::open(&scene.address, "x", settings, &Policy::default()).unwrap_err();
+    assert_eq!(error.to_string(), "Failed to read data: the server does not answer");
+    scene.over();
+}
+
+#[test]
+fn requests_are_answered_in_any_order_and_zeroes_are_sent_if_they_cannot_be_made() {
+    let scene = Scene::new(|p| {
+        p.serve()?;
+        let mut cookies = Vec::new();
+        for _ in 0..4 {
+            cookies.push(p.request()?.2);
+        }
+        for (n, cookie) in cookies.into_iter().enumerate().rev() {
+            if n % 2 == 0 { p.simple(cookie, 0)? } else { p.chunk(1, 0, cookie, 0, &[])? }
+        }
+        let (_, kind, cookie, _, len) = p.request()?;
+        assert_eq!((kind, len), (6, 8192));
+        p.simple(cookie, libc::EOPNOTSUPP as u32)?;
+        let (_, kind, cookie, _, len) = p.request()?;
+        assert_eq!((kind, len), (1, 8192));
+        p.simple(cookie, 0)?;
+        let (_, kind, cookie, offset, len) = p.request()?;
+        assert_eq!((kind, offset, len), (3, 0, 0));
+        p.simple(cookie, 5)?;
+        assert_eq!(p.request()?.1, 2);
+        Ok(())
+    });
+    let target = scene.open().unwrap();
+    std::thread::scope(|scope| {
+        for n in 0..4 {
+            let target = &target;
+            scope.spawn(move || target.write_at(&[1; 512], n * 512).unwrap());
+        }
+    });
+    target.write_zeroes_at(0, 8192).unwrap();
+    // A failed flush is final, and is not tried again.
+    assert_eq!(target.conclude().unwrap_err().raw_os_error(), Some(libc::EIO));
+    assert_eq!(target.flush().unwrap_err().raw_os_error(), Some(libc::EIO));
+    drop(target);
+    scene.over();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn random_words_are_survived(when in 0..3, words in proptest::collection::vec(any::<u8>(), 0..200)) {
+        let scene = Scene::new(move |p| {
+            match when {
+                0 => {}
+                1 => p.until_go(ACK)?,
+                _ => {
+                    p.serve()?;
+                    p.request()?;
+                }
+            }
+            p.say(&[&words])
+        });
+        match scene.open() {
+            Ok(target) => prop_assert!(target.write_at(&[1; 512], 0).is_err()),
+            Err(error) => prop_assert!(!error.is_empty()),
+        }
+        scene.over();
+    }
+}
