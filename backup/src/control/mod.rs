@@ -11,6 +11,7 @@
 mod backup;
 mod bitmaps;
 mod claim;
+mod destination;
 mod jobs;
 mod nodes;
 mod options;
@@ -72,6 +73,7 @@ const COMMANDS: &[(&str, Handler)] = &[
     ("job-finalize", jobs::finalize),
     ("job-pause", jobs::pause),
     ("job-resume", jobs::resume),
+    ("job-retry", backup::retry),
     ("query-block", queries::block),
     ("query-block-jobs", jobs::query_block),
     ("query-commands", queries::commands),

@@ -57,6 +57,9 @@ pub(super) fn named_block_nodes(control: &Control, mut arguments: Arguments) -> 
 fn disk_info(disk: &Node) -> Value {
     let mut info = node_info(&disk.id, "raw", &disk.path, disk.read_only, Some(disk.tracker.size()));
     info.insert("dirty-bitmaps".into(), disk.tracker.list().iter().map(bitmap_info).collect());
+    let load = disk.load();
+    let scratch = json!({ "memory": load.memory, "file": load.file, "held-writes": load.held });
+    info.insert("scratch".into(), scratch);
     info.into()
 }
 
