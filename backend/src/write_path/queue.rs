@@ -22,6 +22,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestAddressSpace;
@@ -38,6 +39,7 @@ pub(super) struct QueueThread {
     table: Table,
     ring: Queue,
     memory: GuestMemory,
+    memory_lost: Arc<AtomicBool>,
     /// The snapshot that new requests get, renewed when the front end changes its memory.
     snapshot: Rc<MemorySnapshot>,
     kick: OwnedFd,
@@ -76,6 +78,7 @@ impl QueueThread {
             ring: parts.queue,
             snapshot,
             memory: parts.memory,
+            memory_lost: parts.memory_lost,
             kick: parts.kick,
             call: parts.call,
             hangup: parts.hangup,
@@ -113,6 +116,7 @@ impl QueueThread {
         loop {
             self.read_inbox();
             self.take_requests();
+            self.look_after_memory();
             self.admit();
             self.queue_operations()?;
             if self.stopping && self.table.in_flight() == 0 {
@@ -139,6 +143,19 @@ impl QueueThread {
                 Message::Decided(index, Verdict::Refused) => self.finish(index, device::IOERR),
                 Message::Stop => self.stopping = true,
             }
+        }
+    }
+
+    /// Memory that is gone reads as zeroes by now: nothing may be made of it.
+    fn look_after_memory(&mut self) {
+        if self.broken || !self.memory_lost.load(Ordering::Relaxed) {
+            return;
+        }
+        self.broken = true;
+        self.hangup.hang_up(&format_args!("'{}': the front end cut its memory short", self.shared.id));
+        // What was just taken has not been submitted yet: of its data nobody knows what is left.
+        for index in self.changes.drain(..).chain(self.ready.drain(..)).collect::<Vec<_>>() {
+            self.finish(index, device::IOERR);
         }
     }
 
