@@ -123,8 +123,10 @@ impl Daemon {
 
     /// Ends the service. Errors name the disks that could not be synced; all else is done then too.
     pub fn stop(mut self, end: End) -> Result<()> {
-        let reason = if end == End::Quit { "host-qmp-quit" } else { "host-signal" };
-        self.events.emit("SHUTDOWN", json!({ "guest": false, "reason": reason }));
+        // Whoever sends `quit` has been told of it.
+        if end == End::Signal {
+            self.events.emit("SHUTDOWN", json!({ "guest": false, "reason": "host-signal" }));
+        }
         self.control.shutdown();
         if let Some(server) = self.server.take() {
             server.stop();
@@ -147,6 +149,9 @@ impl Daemon {
 /// `blkmark serve`: until a signal or `quit`.
 pub fn run(options: &ServeOptions) -> Result<()> {
     let mut signals = signal_hook::iterator::Signals::new([libc::SIGTERM, libc::SIGINT])?;
+    // A write past RLIMIT_FSIZE is to be an error of that write, not the end of every disk.
+    // SAFETY: ignoring a signal runs no code of ours.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     let daemon = Daemon::start(options)?;
     let ender = daemon.ender();
     std::thread::Builder::new().name("signals".into()).spawn(move || {

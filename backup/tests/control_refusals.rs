@@ -208,7 +208,7 @@ fn senseless() -> Vec<(Value, &'static str)> {
         (json!({ "target": null }), "Parameter 'target' is missing"),
         (json!({ "bitmap-mode": "zz" }), "Parameter 'bitmap-mode' does not accept value 'zz'"),
         (json!({ "on-source-error": "zz" }), "Parameter 'on-source-error' does not accept value 'zz'"),
-        (json!({ "on-cbw-error": "break-snapshot" }), "Parameter 'on-cbw-error' is unexpected"),
+        (json!({ "on-cbw-eror": "break-snapshot" }), "Parameter 'on-cbw-eror' is unexpected"),
         (json!({ "speed": "1" }), "Invalid parameter type for 'speed', expected: integer"),
         (json!({ "x-perf": { "max-workers": 0 } }), "max-workers must be between 1 and 2147483647"),
         (json!({ "x-perf": { "max-chunk": -1 } }), "max-chunk must be zero (which means no limit) or positive"),

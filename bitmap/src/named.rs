@@ -207,7 +207,7 @@ impl Draft {
     }
 
     /// Adds `source` to `target`. `source` must stand over a disk of the same size; its current generation, if it has
-    /// one, must be this disk's (see [`DirtySet::of_other_disk`]).
+    /// one, must be this disk's (see `Commit::foreign`).
     pub fn merge(&mut self, target: &str, source: &DirtySet) -> Result<(), BitmapError> {
         let bitmap = self.free(target)?;
         if source.0.size() != bitmap.layers.size() {

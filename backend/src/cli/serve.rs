@@ -13,10 +13,15 @@ use crate::config::{ConfigError, DiskOptions, LogFormat, ServeOptions, from_conv
 #[command(after_help = "One line on standard output says that everything is served; SIGTERM or SIGINT ends it after \
     every accepted request is finished.\nExit status: 0 ended so; 1 it could not start or go on; 2 wrong usage.")]
 pub struct ServeArgs {
-    /// A disk to serve (repeatable):
-    /// id=NAME,path=FILE,socket=SOCKET[,readonly=on|off][,direct=on|off][,queues=N][,queue-size=N][,serial=TEXT]
-    /// [,bitmaps=PATH|off][,scratch=DIR][,scratch-size=SIZE]
-    #[arg(long = "disk", value_name = "OPTIONS", value_parser = DiskOptions::parse)]
+    /// The disks to serve.
+    #[arg(
+        long = "disk",
+        value_name = "OPTIONS",
+        value_parser = DiskOptions::parse,
+        help = "A disk to serve (repeatable): \
+            id=NAME,path=FILE,socket=SOCKET[,readonly=on|off][,direct=on|off][,queues=N][,queue-size=N][,serial=TEXT]\
+            [,bitmaps=PATH|off][,scratch=DIR][,scratch-size=SIZE]"
+    )]
     pub disks: Vec<DiskOptions>,
 
     /// Read disks and settings from a TOML file; what the command line says wins

@@ -82,7 +82,7 @@ impl Orders {
                 return Err(DemoError::Backup { job: job.to_owned(), reason });
             }
             if gone.is_some() {
-                if let Some(bar) = bar.or_else(|| show.bar(job)) {
+                if let Some(bar) = bar.or_else(|| show.bar(job, started)) {
                     bar.finish(copied, started.elapsed());
                 }
                 return Ok(copied);
@@ -93,7 +93,7 @@ impl Orders {
                 let jobs = self.client.execute("query-jobs", Value::Null)?;
                 let found = jobs.as_array().and_then(|jobs| jobs.iter().find(|found| found["id"] == job));
                 let member = |name: &str| found.and_then(|found| found[name].as_u64()).unwrap_or(0);
-                bar = bar.or_else(|| show.bar(job));
+                bar = bar.or_else(|| show.bar(job, started));
                 if let Some(bar) = &bar {
                     bar.set(member("current-progress"), member("total-progress"));
                 }

@@ -233,6 +233,9 @@ fn is_between(content: Content, oldest: u32, newest: Mark) -> bool {
 }
 
 fn expectation(oldest: u32, newest: Mark) -> String {
+    if oldest == newest.stamp() {
+        return name(newest.content());
+    }
     let zeroes = if oldest <= newest.zeroed() { ", or zeroes" } else { "" };
     format!("the whole data of a stamp from {oldest} to {}{zeroes}", newest.stamp())
 }

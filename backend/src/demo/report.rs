@@ -56,9 +56,12 @@ impl Proof {
                 let span = narrowed.span.map_or_else(String::new, |span| format!(", known to {}", time(span)));
                 vec![
                     format!("every block is whole and of one instant{span}"),
-                    format!("(the guest was not held: {} blocks changed in the", narrowed.open_blocks),
-                    format!("{} from order to answer; of the requests around it {held}", time(*answer)),
-                    format!("are seen in the image and {missing} are seen to be not in it)"),
+                    format!(
+                        "(the guest was not held: {} blocks changed in the {} of the order;",
+                        narrowed.open_blocks,
+                        time(*answer)
+                    ),
+                    format!("of the requests around it {held} are found in it, and {missing} are not)"),
                 ]
             }
             Proof::Stopped { sha256 } => vec![

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 use std::io::IsTerminal;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -34,39 +34,42 @@ impl<'a> Show<'a> {
         self.bars
     }
 
-    /// A bar, on a terminal.
-    pub fn bar(&self, name: &str) -> Option<Bar> {
-        self.bars.then(|| Bar::new(name))
+    /// A bar of something that began at `since`, on a terminal.
+    pub fn bar(&self, name: &str, since: Instant) -> Option<Bar> {
+        self.bars.then(|| Bar::new(name, since))
     }
 }
 
 /// A bar of bytes and their rate.
-pub struct Bar(ProgressBar);
+pub struct Bar {
+    bar: ProgressBar,
+    since: Instant,
+}
 
 impl Bar {
-    fn new(name: &str) -> Self {
+    fn new(name: &str, since: Instant) -> Self {
         let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr()).with_prefix(name.to_owned());
         let template = "  {prefix:<8} [{bar:30}] {percent:>3} %  {binary_bytes} of {binary_total_bytes}  {msg}";
         // The template is fixed; were it wrong, the plain bar would do.
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style.progress_chars("=> "));
         }
-        Bar(bar)
+        Bar { bar, since }
     }
 
     /// Moves it.
     pub fn set(&self, done: u64, total: u64) {
-        self.0.set_length(total);
-        self.0.set_position(done);
-        self.0.set_message(rate(done, self.0.elapsed()));
+        self.bar.set_length(total);
+        self.bar.set_position(done);
+        self.bar.set_message(rate(done, self.since.elapsed()));
     }
 
     /// Leaves it there, full.
     pub fn finish(self, bytes: u64, took: Duration) {
-        self.0.set_length(bytes);
-        self.0.set_position(bytes);
-        self.0.set_message(rate(bytes, took));
-        self.0.finish();
+        self.bar.set_length(bytes);
+        self.bar.set_position(bytes);
+        self.bar.set_message(rate(bytes, took));
+        self.bar.finish();
     }
 }
 

@@ -1,7 +1,7 @@
 //! The vhost-user session: one socket, one front end at a time, rings that start and stop.
 //!
 //! [`listen`] makes the socket, [`serve`] runs one thread a disk that accepts and serves front ends
-//! one after the other, [`handler`] answers their messages, [`ring`] decides when a ring may run,
+//! one after the other, `handler` answers their messages, `ring` decides when a ring may run,
 //! [`api`] is what the write path implements. Built on `vhost`'s protocol layer alone, so that
 //! inflight tracking and migration logging can join it.
 //!

@@ -3,23 +3,17 @@
 //! The checks and their order are QEMU's. An action is applied once or twice (see `transaction`); what it took the first
 //! time (claim, job id, opened file) it keeps, and gives back by being dropped.
 
-use super::claim::{Claim, Use};
-use super::nodes::not_found;
+use super::destination::{Destination, check_size};
 use super::options::{self, Perf};
 use super::transaction::{self, Action, Stage};
 use super::{Control, done};
 use crate::job::backup::Held;
-use crate::job::{Backup, BitmapMode, Content, Hold, JobError, NewJob, Reservation, Settings};
-use crate::node::Node;
+use crate::job::{
+    Backup, BitmapMode, Content, Destination as Named, Hold, JobError, NewJob, OnFailure, Reservation, Settings,
+};
 use crate::point::{Point, PointOptions, Wanted};
 use crate::qmp::{Arguments, QmpError};
-use crate::target::{self, CreateOptions, Format, Target, TargetError};
-use blkmark_bitmap::Granularity;
 use serde_json::Value;
-use std::any::Any;
-use std::io::ErrorKind;
-use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,35 +44,6 @@ impl SyncMode {
     }
 }
 
-/// Where the backup goes.
-#[derive(Debug)]
-enum Destination {
-    /// A node, and the claim on it once it was taken.
-    Node { name: String, taken: Option<Claim> },
-    /// A file or device that the command names, and it once it was opened.
-    Path { path: PathBuf, format: Option<String>, existing: bool, opened: Opened },
-}
-
-/// A file that was opened for a job; made here, it goes again if the job does not come to be.
-#[derive(Default)]
-struct Opened(Option<Arc<dyn Target>>);
-
-impl std::fmt::Debug for Opened {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Opened").field(&self.0.as_ref().map(|target| target.name())).finish()
-    }
-}
-
-impl Drop for Opened {
-    fn drop(&mut self) {
-        if let Some(target) = self.0.take()
-            && let Err(error) = target.abandon()
-        {
-            tracing::warn!(target = target.name(), %error, "could not remove the target of a refused command");
-        }
-    }
-}
-
 /// A backup to be started.
 #[derive(Debug)]
 pub(super) struct BackupAction {
@@ -90,6 +55,7 @@ pub(super) struct BackupAction {
     bitmap_mode: Option<BitmapMode>,
     compress: bool,
     settings: Settings,
+    point: PointOptions,
     filter: Option<String>,
     perf: Perf,
     destination: Destination,
@@ -103,7 +69,7 @@ impl BackupAction {
         arguments: &mut Arguments,
         destination: fn(&mut Arguments) -> Result<Destination, QmpError>,
     ) -> Result<Self, QmpError> {
-        Ok(Self {
+        let mut action = Self {
             job_id: arguments.opt_string("job-id")?,
             device: arguments.string_of(&["device", "node"])?,
             sync: arguments.choice("sync", SYNC_MODES)?,
@@ -112,57 +78,37 @@ impl BackupAction {
             bitmap_mode: arguments.opt_choice("bitmap-mode", BITMAP_MODES)?,
             compress: arguments.opt_bool("compress")?.unwrap_or(false),
             settings: options::job_settings(arguments)?,
+            point: options::point_options(arguments)?,
             filter: arguments.opt_string("filter-node-name")?,
             perf: options::perf(arguments)?,
             destination: destination(arguments)?,
             id: None,
             backup: None,
-        })
+        };
+        action.point.keep = action.settings.on_failure == OnFailure::Keep;
+        if action.point.keep && action.sync == SyncMode::None {
+            return Err(QmpError::generic("on-failure 'keep' has no meaning with sync mode 'none'"));
+        }
+        Ok(action)
     }
 
     pub(super) fn read_blockdev(arguments: &mut Arguments) -> Result<Self, QmpError> {
-        Self::read(arguments, |arguments| Ok(Destination::Node { name: arguments.string("target")?, taken: None }))
+        Self::read(arguments, Destination::read_node)
     }
 
     pub(super) fn read_drive(arguments: &mut Arguments) -> Result<Self, QmpError> {
-        Self::read(arguments, |arguments| {
-            let modes = [("existing", true), ("absolute-paths", false)];
-            Ok(Destination::Path {
-                path: arguments.string("target")?.into(),
-                format: arguments.opt_string("format")?,
-                existing: arguments.opt_choice("mode", &modes)?.unwrap_or(false),
-                opened: Opened::default(),
-            })
-        })
+        Self::read(arguments, Destination::read_path)
     }
 
     /// Whether [`BackupAction::open`] has something to do.
     pub(super) fn opens_a_file(&self) -> bool {
-        matches!(self.destination, Destination::Path { .. })
+        self.destination.is_file()
     }
 
-    /// Opens or makes the file, with no lock held. What made no sense was refused before. A file that is there already
-    /// and would be emptied is left alone unless `overwrite`: that cannot be undone, so it is done last.
+    /// Opens or makes the file, with no lock held. What made no sense was refused before.
     pub(super) fn open(&mut self, control: &Control, overwrite: bool) -> Result<(), QmpError> {
-        let Destination::Path { path, format, existing, opened } = &mut self.destination else { return Ok(()) };
-        if opened.0.is_some() {
-            return Ok(());
-        }
-        let format = format_of(path, format.as_deref(), *existing)?;
-        let policy = control.policy();
-        let target = if *existing {
-            target::open(path, format, &policy)?
-        } else {
-            let size = control.device(&self.device)?.tracker.size();
-            match target::create(path, format, &CreateOptions { overwrite, ..CreateOptions::new(size) }, &policy) {
-                Err(TargetError::Create { source, .. }) if !overwrite && source.kind() == ErrorKind::AlreadyExists => {
-                    return Ok(());
-                }
-                made => made?,
-            }
-        };
-        opened.0 = Some(target.into());
-        Ok(())
+        let size = control.device(&self.device)?.tracker.size();
+        self.destination.open(control, size, overwrite)
     }
 
     /// Checks all there is to check and takes what has to be taken; in a real walk, freezes and arms.
@@ -181,8 +127,8 @@ impl BackupAction {
             Some(bitmap) => Some(stage.draft(disk).freeze(bitmap)?),
             None => None,
         };
-        if target.as_ref().is_some_and(|target| target.size() != disk.tracker.size()) {
-            return Err(QmpError::generic("Source and target image have different sizes"));
+        if let Some(target) = &target {
+            check_size(&**target, disk)?;
         }
         if let Some(filter) = &self.filter {
             control
@@ -207,11 +153,13 @@ impl BackupAction {
             // A raw disk stands on nothing, so all of it is its top layer, as in QEMU.
             _ => Wanted::All,
         };
-        let point = prepare(disk, wanted, cluster)?;
+        let point =
+            Point::prepare(disk, wanted, cluster, self.point).map_err(|error| QmpError::generic(error.to_string()))?;
         commit.arm(point.gate());
         let content = if sync == SyncMode::None { Content::Overwritten } else { Content::Wanted };
-        let held = Held { node: Arc::clone(disk), point, hold, claim: self.destination.claim() };
-        self.backup = Some(Backup { held, content, target });
+        let destination = self.destination.named().clone();
+        let held = Held { node: Arc::clone(disk), point, hold, destination, content, claim: None };
+        self.backup = Some(Backup { held, target });
         Ok(())
     }
 
@@ -257,71 +205,9 @@ impl BackupAction {
 
     /// The job, once the commit is in force.
     pub(super) fn into_job(mut self) -> Option<NewJob> {
-        if let Destination::Path { opened, .. } = &mut self.destination {
-            // The file belongs to the job from here on.
-            opened.0 = None;
-        }
-        Some(NewJob { id: self.id?, settings: self.settings, backup: self.backup? })
-    }
-}
-
-fn prepare(disk: &Arc<Node>, wanted: Wanted, cluster: Granularity) -> Result<Arc<Point>, QmpError> {
-    Point::prepare(disk, wanted, cluster, PointOptions::default()).map_err(|error| QmpError::generic(error.to_string()))
-}
-
-impl Destination {
-    /// What can be said before anything is taken or opened.
-    fn check(&self, control: &Control) -> Result<(), QmpError> {
-        match self {
-            Destination::Node { name, .. } => match control.disk(name).is_some() || control.target_node(name).is_some()
-            {
-                true => Ok(()),
-                false => Err(not_found(name)),
-            },
-            Destination::Path { format, .. } => {
-                // Whether one is needed is seen when the file is: nobody's file is looked at under the lock.
-                format.as_deref().map(str::parse::<Format>).transpose()?;
-                Ok(())
-            }
-        }
-    }
-
-    /// The target, claimed; `None` while its file is not opened yet.
-    fn take(&mut self, control: &Control, disk: &Node) -> Result<Option<Arc<dyn Target>>, QmpError> {
-        match self {
-            Destination::Path { opened, .. } => Ok(opened.0.clone()),
-            Destination::Node { name, .. } if *name == disk.id => {
-                Err(QmpError::generic("Source and target cannot be the same"))
-            }
-            Destination::Node { name, taken } => {
-                if control.disk(name).is_some() {
-                    return Err(QmpError::generic(format!("Node '{name}' is busy: it is served to a guest")));
-                }
-                let node = control.target_node(name).ok_or_else(|| not_found(name))?;
-                if taken.is_none() {
-                    *taken = Some(Claim::take(&node, Use::Job)?);
-                }
-                node.target().map(Some)
-            }
-        }
-    }
-
-    fn claim(&mut self) -> Option<Box<dyn Any + Send + Sync>> {
-        match self {
-            Destination::Node { taken, .. } => taken.take().map(|claim| Box::new(claim) as Box<dyn Any + Send + Sync>),
-            Destination::Path { .. } => None,
-        }
-    }
-}
-
-/// The format of a file to be made is the source's, which is raw, unless another is named. What is there already is never
-/// probed: a guest that can write a raw disk can make it look like anything. A block device can be taken as raw.
-fn format_of(path: &Path, format: Option<&str>, existing: bool) -> Result<Format, QmpError> {
-    match format {
-        Some(format) => Ok(format.parse()?),
-        None if !existing => Ok(Format::Raw),
-        None if std::fs::metadata(path).is_ok_and(|file| file.file_type().is_block_device()) => Ok(Format::Raw),
-        None => Err(QmpError::generic("Parameter 'format' is missing: an existing image is never probed")),
+        let mut backup = self.backup?;
+        backup.held.claim = self.destination.hand_over();
+        Some(NewJob { id: self.id?, settings: self.settings, backup })
     }
 }
 
@@ -342,4 +228,35 @@ pub(super) fn blockdev_backup(control: &Control, arguments: Arguments) -> Result
 
 pub(super) fn drive_backup(control: &Control, arguments: Arguments) -> Result<Value, QmpError> {
     alone(control, arguments, BackupAction::read_drive)
+}
+
+/// `job-retry`: the very image of a failed job again, from its kept point in time, to where it went or elsewhere.
+pub(super) fn retry(control: &Control, mut arguments: Arguments) -> Result<Value, QmpError> {
+    let id = arguments.string("id")?;
+    let node = arguments.opt_string("target-node")?;
+    let path = Destination::read_opt_path(&mut arguments)?;
+    arguments.finish()?;
+    let elsewhere = match (node, path) {
+        (Some(_), Some(_)) => return Err(QmpError::generic("Only one of 'target' and 'target-node' may be given")),
+        (Some(node), None) => Some(Destination::new(Named::Node(node))),
+        (None, path) => path,
+    };
+    let retry = control.jobs.prepare_retry(&id)?;
+    let mut destination = elsewhere.unwrap_or_else(|| Destination::new(retry.destination.clone()));
+    destination.check(control)?;
+    for overwrite in [false, true] {
+        destination.open(control, retry.disk.tracker.size(), overwrite)?;
+    }
+    let mut locked = control.jobs.lock();
+    locked.may_start()?;
+    let Some(target) = destination.take(control, &retry.disk)? else {
+        unreachable!("a file was opened, and a node has a target")
+    };
+    check_size(&*target, &retry.disk)?;
+    let named = destination.named().clone();
+    locked.retry(&retry, target, named, destination.hand_over());
+    // Its drop takes the lock.
+    drop(locked);
+    drop(retry);
+    done()
 }

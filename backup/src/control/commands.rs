@@ -56,6 +56,7 @@ pub(super) static COMMANDS: &[Command] = &[
     order("job-finalize", jobs::finalize, &JOB),
     order("job-pause", jobs::pause, &JOB),
     order("job-resume", jobs::resume, &JOB),
+    order("job-retry", backup::retry, &RETRY),
     query("query-block", queries::block, &EMPTY, Type::Array(&Type::Object(&BLOCK_INFO))),
     query("query-block-jobs", jobs::query_block, &EMPTY, Type::Array(&Type::Object(&BLOCK_JOB_INFO))),
     query(
@@ -167,6 +168,7 @@ static JOB_INFO: Object = object(&[&[
     required("current-progress", Int),
     required("total-progress", Int),
     optional("error", Str),
+    optional("kept", Bool),
 ]]);
 
 static BLOCK_JOB_INFO: Object = object(&[
@@ -202,6 +204,9 @@ const BACKUP: &[Member] = &[
     optional("filter-node-name", Str),
     optional("discard-source", Bool),
     Member { features: &["unstable"], ..optional("x-perf", Type::Object(&PERF)) },
+    optional("on-failure", Type::Enum(&["reclaim", "keep"])),
+    optional("on-cbw-error", Type::Enum(&["break-snapshot", "break-guest-write"])),
+    optional("cbw-timeout", Int),
 ];
 
 static PERF: Object = object(&[&[
@@ -213,10 +218,11 @@ static PERF: Object = object(&[&[
 
 static BLOCKDEV_BACKUP: Object = object(&[BACKUP, &[required("target", Str)]]);
 
-static DRIVE_BACKUP: Object = object(&[
-    BACKUP,
-    &[required("target", Str), optional("format", Str), optional("mode", Type::Enum(&["existing", "absolute-paths"]))],
-]);
+static DRIVE_BACKUP: Object = object(&[BACKUP, &[required("target", Str)], PATH]);
+
+const PATH: &[Member] = &[optional("format", Str), optional("mode", Type::Enum(&["existing", "absolute-paths"]))];
+
+static RETRY: Object = object(&[&[required("id", Str), optional("target-node", Str), optional("target", Str)], PATH]);
 
 // ---- transactions
 
@@ -370,6 +376,10 @@ static NODE_INFO: Object = object(&[&[
     ),
     required("write_threshold", Int),
     optional("dirty-bitmaps", Type::Array(&Type::Object(&BITMAP_INFO))),
+    optional(
+        "scratch",
+        Type::Object(&object(&[&[required("memory", Int), required("file", Int), required("held-writes", Int)]])),
+    ),
 ]]);
 
 static IMAGE_INFO: Object = object(&[&[

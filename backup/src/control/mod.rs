@@ -13,6 +13,7 @@ mod backup;
 mod bitmaps;
 mod claim;
 mod commands;
+mod destination;
 mod jobs;
 mod nodes;
 mod options;

@@ -3,8 +3,10 @@
 //! An option is accepted if leaving it out of account keeps its promise; one whose promise could not be kept is refused by
 //! name.
 
-use crate::job::{OnError, Settings};
+use crate::cbw;
+use crate::job::{OnError, OnFailure, Settings};
 use crate::nbd::{Address, Client, ClientSettings, NbdTarget};
+use crate::point::PointOptions;
 use crate::qmp::{Arguments, QmpError};
 use crate::target::{Policy, Target};
 use blkmark_bitmap::Granularity;
@@ -178,6 +180,25 @@ pub(super) fn job_settings(arguments: &mut Arguments) -> Result<Settings, QmpErr
         on_target_error: arguments.opt_choice("on-target-error", ON_ERRORS)?.unwrap_or_default(),
         auto_finalize: arguments.opt_bool("auto-finalize")?.unwrap_or(true),
         auto_dismiss: arguments.opt_bool("auto-dismiss")?.unwrap_or(true),
+        on_failure: arguments
+            .opt_choice("on-failure", &[("reclaim", OnFailure::Reclaim), ("keep", OnFailure::Keep)])?
+            .unwrap_or_default(),
+    })
+}
+
+/// Reads how a point in time treats the guest's writes: QEMU's options of its copy-before-write filter.
+pub(super) fn point_options(arguments: &mut Arguments) -> Result<PointOptions, QmpError> {
+    let policies =
+        [("break-snapshot", cbw::OnError::BreakSnapshot), ("break-guest-write", cbw::OnError::BreakGuestWrite)];
+    let default = PointOptions::default();
+    Ok(PointOptions {
+        keep: false,
+        on_error: arguments.opt_choice("on-cbw-error", &policies)?.unwrap_or(default.on_error),
+        timeout: match arguments.opt_u32("cbw-timeout")? {
+            None => default.timeout,
+            Some(0) => None,
+            Some(seconds) => Some(Duration::from_secs(seconds.into())),
+        },
     })
 }
 

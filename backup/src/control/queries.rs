@@ -58,6 +58,9 @@ fn disk_info(disk: &Node) -> Value {
     let mut info = node_info(&disk.id, "raw", &disk.path, disk.read_only, Some(disk.tracker.size()));
     // The newest first, as in QEMU.
     info.insert("dirty-bitmaps".into(), disk.tracker.list().iter().rev().map(bitmap_info).collect());
+    let load = disk.load();
+    let scratch = json!({ "memory": load.memory, "file": load.file, "held-writes": load.held });
+    info.insert("scratch".into(), scratch);
     info.into()
 }
 

@@ -22,6 +22,7 @@ use blkmark_bitmap::{BitmapError, Bits, ByteRange};
 use std::any::Any;
 use std::fmt;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -56,7 +57,23 @@ pub struct Hold {
     pub mode: BitmapMode,
 }
 
-/// What a backup holds until its job is over, in success or not.
+/// Where a backup goes, as the client named it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Destination {
+    /// A node that `blockdev-add` made.
+    Node(String),
+    /// A file or device that the command opens or makes.
+    Path {
+        /// Where it is.
+        path: PathBuf,
+        /// Its format, if the client named one.
+        format: Option<String>,
+        /// Whether it has to be there already.
+        existing: bool,
+    },
+}
+
+/// What a backup holds until its job is over, in success or not; longer if its point is kept after a failure.
 pub struct Held {
     /// The disk.
     pub node: Arc<Node>,
@@ -64,6 +81,10 @@ pub struct Held {
     pub point: Arc<Point>,
     /// The bitmap, if one is given.
     pub hold: Option<Hold>,
+    /// Where it goes, to go there again.
+    pub destination: Destination,
+    /// What is copied.
+    pub content: Content,
     /// Whatever has to be kept while the job is there, for instance the claim on a target node.
     pub claim: Option<Box<dyn Any + Send + Sync>>,
 }
@@ -72,8 +93,6 @@ pub struct Held {
 pub struct Backup {
     /// What stays until the job is over.
     pub held: Held,
-    /// What is copied.
-    pub content: Content,
     /// Where it goes; closed when the copying is over.
     pub target: Arc<dyn Target>,
 }
@@ -88,7 +107,7 @@ pub enum Failure {
 }
 
 /// How a backup ended.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Outcome {
     /// Whether the target holds all that it should, durably.
     pub result: Result<(), Failure>,
@@ -132,7 +151,7 @@ impl Backup {
         on_fatal: &dyn Fn(&io::Error),
     ) -> Outcome {
         let plan = self.held.point.clusters();
-        let copied = match self.content {
+        let copied = match self.held.content {
             Content::Wanted => {
                 copy::run(&self.held.point, &plan, &*self.target, control, on_error).map_err(Failure::from)
             }

@@ -7,7 +7,7 @@
 
 use super::backup::{Backup, Failure, Held, Outcome};
 use super::events;
-use super::policy::{IoStatus, Reaction};
+use super::policy::{IoStatus, OnFailure, Reaction};
 use super::registry::{Entry, Inner, Jobs, lock};
 use super::state::Status;
 use crate::copy::{Action, Side};
@@ -230,10 +230,17 @@ fn advance(jobs: &Jobs, inner: &mut Inner, key: u64) -> Spent {
 
 /// All threads are back: settles everything at one instant, then tells of it.
 fn conclude(jobs: &Jobs, inner: &mut Inner, members: &[u64], success: bool) -> Spent {
-    settle(inner, members, success);
+    let kept: Vec<u64> = inner.entries.iter().filter(|e| !success && keeps(e)).map(|entry| entry.key).collect();
+    let over: Vec<u64> = members.iter().copied().filter(|key| !kept.contains(key)).collect();
+    settle(inner, &over, success);
     let mut spent = Spent::new();
     for entry in inner.entries.iter_mut().filter(|entry| members.contains(&entry.key)) {
-        if let Some(held) = entry.held.take() {
+        if kept.contains(&entry.key)
+            && let Some(held) = &mut entry.held
+        {
+            // The point and its bitmap stay as they are; the target is free.
+            held.claim = None;
+        } else if let Some(held) = entry.held.take() {
             // Lets go of what the gate may still hold, and of the claim on the target before anybody hears of the end.
             held.point.end();
             spent.push(held.point);
@@ -244,7 +251,8 @@ fn conclude(jobs: &Jobs, inner: &mut Inner, members: &[u64], success: bool) -> S
     }
     for key in members {
         let Some(entry) = inner.entry(*key) else { continue };
-        let failure = match entry.outcome.take() {
+        let outcome = if kept.contains(key) { entry.outcome.clone() } else { entry.outcome.take() };
+        let failure = match outcome {
             _ if success => None,
             Some(Outcome { result: Err(failure), .. }) => Some(failure),
             // It did all that it should; one of its group did not.
@@ -259,11 +267,32 @@ fn conclude(jobs: &Jobs, inner: &mut Inner, members: &[u64], success: bool) -> S
             Some(Failure::Error(_)) | None => events::completed(&jobs.events, entry),
         }
         jobs.set_status(entry, Status::Concluded);
-        if entry.settings.auto_dismiss {
+        if entry.settings.auto_dismiss && !kept.contains(key) {
             jobs.set_status(entry, Status::Null);
             inner.entries.retain(|entry| entry.key != *key);
         }
     }
+    spent
+}
+
+/// Whether a failed job leaves its point in time behind. A broken one is of no use to anybody.
+fn keeps(entry: &Entry) -> bool {
+    let whole = |held: &Held| held.point.broken().is_none();
+    entry.settings.on_failure == OnFailure::Keep && entry.held.as_ref().is_some_and(whole)
+}
+
+/// Forgets a concluded job; what it kept is reclaimed.
+pub(super) fn dismiss(jobs: &Jobs, inner: &mut Inner, key: u64) -> Spent {
+    settle(inner, &[key], false);
+    let mut spent = Spent::new();
+    if let Some(entry) = inner.entry(key) {
+        if let Some(held) = entry.held.take() {
+            held.point.end();
+            spent.push(held.point);
+        }
+        jobs.set_status(entry, Status::Null);
+    }
+    inner.entries.retain(|entry| entry.key != key);
     spent
 }
 

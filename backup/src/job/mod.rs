@@ -16,8 +16,8 @@ pub mod policy;
 mod registry;
 pub mod state;
 
-pub use backup::{Backup, BitmapMode, Content, Failure, Hold};
-pub use policy::OnError;
+pub use backup::{Backup, BitmapMode, Content, Destination, Failure, Hold};
+pub use policy::{OnError, OnFailure};
 pub(crate) use registry::well_formed;
-pub use registry::{JobError, Jobs, Locked, NewJob, Reservation, Settings};
+pub use registry::{JobError, Jobs, Locked, NewJob, Reservation, Retry, Settings};
 pub use state::{Status, Verb};

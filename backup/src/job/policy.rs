@@ -18,6 +18,16 @@ pub enum OnError {
     Auto,
 }
 
+/// What becomes of a failed job's point in time: `on-failure`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnFailure {
+    /// It goes, and the bitmap is as if there had been no job.
+    #[default]
+    Reclaim,
+    /// It stays, with its bitmap frozen, until the job is tried again with success or dismissed.
+    Keep,
+}
+
 /// What is done about one error; its name is the `action` of BLOCK_JOB_ERROR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reaction {

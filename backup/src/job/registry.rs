@@ -4,17 +4,19 @@
 //! holds it ([`Jobs::lock`]), so that no two commits over several disks can wait for each other. It is never held during
 //! I/O on a target, except for closing one that is already durable; no queue thread ever takes it.
 
-use super::backup::{Backup, Content, Held, Outcome};
-use super::policy::{IoStatus, OnError};
+use super::backup::{Backup, Content, Destination, Held, Outcome};
+use super::policy::{IoStatus, OnError, OnFailure};
 use super::state::{Status, Verb};
 use super::{events, life};
 use crate::copy::CopyControl;
 use crate::node::Node;
 use crate::point::Point;
 use crate::qmp::Events;
+use crate::target::Target;
 use blkmark_bitmap::admission::NotQuiescent;
 use blkmark_bitmap::{Commit, flip};
 use serde_json::{Map, Value, json};
+use std::any::Any;
 use std::collections::HashSet;
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -55,6 +57,12 @@ pub enum JobError {
     /// It must begin with a letter, and go on with letters, digits, '-', '.', '_'.
     #[error("Invalid job ID '{0}'")]
     InvalidId(String),
+    /// Its point in time is gone, or was never to be kept.
+    #[error("Job '{0}' keeps no point in time to try again")]
+    NotKept(String),
+    /// Somebody is at it.
+    #[error("Job '{0}' is being tried again")]
+    Retrying(String),
     /// The daemon is on its way out.
     #[error("The daemon is shutting down")]
     ShuttingDown,
@@ -73,6 +81,8 @@ pub struct Settings {
     pub on_source_error: OnError,
     /// When the target cannot be written.
     pub on_target_error: OnError,
+    /// What becomes of its point in time if it fails.
+    pub on_failure: OnFailure,
 }
 
 impl Default for Settings {
@@ -83,6 +93,7 @@ impl Default for Settings {
             auto_dismiss: true,
             on_source_error: OnError::Report,
             on_target_error: OnError::Report,
+            on_failure: OnFailure::Reclaim,
         }
     }
 }
@@ -132,6 +143,8 @@ pub(super) struct Entry {
     /// Set when its thread is through with it, together with `held`.
     pub(super) outcome: Option<Outcome>,
     pub(super) held: Option<Held>,
+    /// A retry is being prepared, without the lock.
+    pub(super) retrying: bool,
     /// What ends a job that would follow the guest's writes for ever.
     pub(super) endless: Option<(Arc<Node>, Arc<Point>)>,
     /// Bytes of the disk: the length until the plan is known, and of an endless job.
@@ -149,6 +162,10 @@ impl Entry {
         let (done, total) = self.control.progress();
         let begun = total > 0 || !matches!(self.status, Status::Created | Status::Running | Status::Paused);
         if self.endless.is_some() || !begun { (done, total.max(self.size)) } else { (done, total) }
+    }
+
+    fn is_idle(&self) -> Result<(), JobError> {
+        if self.retrying { Err(JobError::Retrying(self.id().to_owned())) } else { Ok(()) }
     }
 
     fn accept(&self, verb: Verb) -> Result<(), JobError> {
@@ -302,10 +319,30 @@ impl Jobs {
         let mut inner = lock(&self.inner);
         let entry = inner.by_id(id)?;
         entry.accept(Verb::Dismiss)?;
-        self.set_status(entry, Status::Null);
+        entry.is_idle()?;
         let key = entry.key;
-        inner.entries.retain(|entry| entry.key != key);
+        let spent = life::dismiss(self, &mut inner, key);
+        drop(inner);
+        drop(spent);
         Ok(())
+    }
+
+    /// Prepares to begin a concluded job again on its kept point in time: nobody else can, until this is dropped or
+    /// [`Locked::retry`] takes it. It says which disk is backed up, and where the last try went.
+    pub fn prepare_retry(self: &Arc<Self>, id: &str) -> Result<Retry, JobError> {
+        let mut inner = lock(&self.inner);
+        let entry = inner.by_id(id)?;
+        entry.accept(Verb::Retry)?;
+        entry.is_idle()?;
+        let Some(held) = &entry.held else { return Err(JobError::NotKept(id.to_owned())) };
+        let retry = Retry {
+            jobs: Arc::clone(self),
+            key: entry.key,
+            disk: Arc::clone(&held.node),
+            destination: held.destination.clone(),
+        };
+        entry.retrying = true;
+        Ok(retry)
     }
 
     /// Makes the result of a pending job stand, and of its whole group.
@@ -349,6 +386,9 @@ impl Jobs {
             info.insert("status".into(), entry.status.name().into());
             info.insert("current-progress".into(), offset.into());
             info.insert("total-progress".into(), len.into());
+            if entry.status == Status::Concluded && entry.held.is_some() {
+                info.insert("kept".into(), true.into());
+            }
             if let Some(error) = &entry.error {
                 info.insert("error".into(), error.clone().into());
             }
@@ -397,6 +437,11 @@ impl Jobs {
                 spent.push(life::cancel(self, &mut inner, key, true));
             }
         }
+        let is_kept = |entry: &&Entry| entry.status == Status::Concluded && entry.held.is_some();
+        let kept: Vec<u64> = inner.entries.iter().filter(is_kept).map(|entry| entry.key).collect();
+        for key in kept {
+            spent.push(life::dismiss(self, &mut inner, key));
+        }
         self.changed.notify_all();
         let threads = std::mem::take(&mut inner.threads);
         drop(inner);
@@ -411,6 +456,24 @@ impl Jobs {
 impl fmt::Debug for Jobs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Jobs").field("jobs", &lock(&self.inner).entries.len()).finish()
+    }
+}
+
+/// A kept point in time that is about to be copied once more.
+pub struct Retry {
+    jobs: Arc<Jobs>,
+    key: u64,
+    /// The disk.
+    pub disk: Arc<Node>,
+    /// Where the last try went.
+    pub destination: Destination,
+}
+
+impl Drop for Retry {
+    fn drop(&mut self) {
+        if let Some(entry) = lock(&self.jobs.inner).entry(self.key) {
+            entry.retrying = false;
+        }
     }
 }
 
@@ -433,6 +496,23 @@ impl Locked<'_> {
         flip::commit(commits)
     }
 
+    /// Begins a job again: the same point and the same freeze, under the same id, into `target`.
+    pub fn retry(
+        &mut self,
+        retry: &Retry,
+        target: Arc<dyn Target>,
+        destination: Destination,
+        claim: Option<Box<dyn Any + Send + Sync>>,
+    ) {
+        let Some(at) = self.inner.entries.iter().position(|entry| entry.key == retry.key) else { return };
+        let mut entry = self.inner.entries.remove(at);
+        let Some(held) = entry.held.take() else { return };
+        // As a job of its own: whoever watches sees the old one go and the new one come.
+        self.jobs.set_status(&mut entry, Status::Null);
+        let backup = Backup { held: Held { destination, claim, ..held }, target };
+        self.start(vec![NewJob { id: entry.reservation, settings: entry.settings, backup }], false);
+    }
+
     /// Starts jobs whose freezes and gates are in force, as one group if `grouped`.
     pub fn start(&mut self, new: Vec<NewJob>, grouped: bool) {
         let inner = &mut *self.inner;
@@ -445,7 +525,7 @@ impl Locked<'_> {
             let control = Arc::new(CopyControl::default());
             control.set_speed(job.settings.speed);
             let backup = job.backup;
-            let endless = backup.content == Content::Overwritten;
+            let endless = backup.held.content == Content::Overwritten;
             let mut entry = Entry {
                 reservation: job.id,
                 key,
@@ -461,6 +541,7 @@ impl Locked<'_> {
                 failing: false,
                 outcome: None,
                 held: None,
+                retrying: false,
                 endless: endless.then(|| (Arc::clone(&backup.held.node), Arc::clone(&backup.held.point))),
                 size: backup.held.point.size(),
                 error: None,

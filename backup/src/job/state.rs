@@ -1,6 +1,6 @@
 //! The life of a job as two tables: which state may follow which, and which command a state accepts.
 //!
-//! Both are QEMU's, consulted by `registry` alone and printed in docs/jobs.md. A backup never is `ready` or `standby`;
+//! Both are QEMU's but for `retry`, which it has not; consulted by `registry` alone and printed in docs/jobs.md. A backup never is `ready` or `standby`;
 //! they are here since clients know the tables as a whole.
 
 use std::fmt;
@@ -49,6 +49,8 @@ pub enum Verb {
     Finalize,
     /// Forget a concluded job.
     Dismiss,
+    /// Begin a concluded job again whose point in time was kept.
+    Retry,
     /// Change its options.
     Change,
 }
@@ -74,7 +76,7 @@ const FOLLOWERS: [(Status, &[Status]); 11] = [
 const ALIVE: &[Status] = &[Created, Running, Paused, Ready, Standby];
 
 /// Where a command is accepted.
-const ACCEPTED_IN: [(Verb, &[Status]); 8] = [
+const ACCEPTED_IN: [(Verb, &[Status]); 9] = [
     (Verb::Cancel, &[Created, Running, Paused, Ready, Standby, Waiting, Pending]),
     (Verb::Pause, ALIVE),
     (Verb::Resume, ALIVE),
@@ -82,6 +84,7 @@ const ACCEPTED_IN: [(Verb, &[Status]); 8] = [
     (Verb::Complete, &[Ready]),
     (Verb::Finalize, &[Pending]),
     (Verb::Dismiss, &[Concluded]),
+    (Verb::Retry, &[Concluded]),
     (Verb::Change, ALIVE),
 ];
 
@@ -125,7 +128,7 @@ impl Verb {
         ACCEPTED_IN.iter().map(|(verb, _)| *verb)
     }
 
-    /// QEMU's name.
+    /// QEMU's name, where QEMU has it.
     pub const fn name(self) -> &'static str {
         match self {
             Verb::Cancel => "cancel",
@@ -135,6 +138,7 @@ impl Verb {
             Verb::Complete => "complete",
             Verb::Finalize => "finalize",
             Verb::Dismiss => "dismiss",
+            Verb::Retry => "retry",
             Verb::Change => "change",
         }
     }

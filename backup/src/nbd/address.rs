@@ -1,6 +1,6 @@
 //! Where a server is, and the socket to it: Unix or TCP, with time limits.
 //!
-//! Used by the client and by the server. Invariant: no call on a [`Timed`] stream outlasts its deadline, whatever the other side
+//! Used by the client and by the server. Invariant: no call on a `Timed` stream outlasts its deadline, whatever the other side
 //! does; a connection is shut down from any thread, and everybody who waits on it wakes.
 
 use crate::target::Policy;
