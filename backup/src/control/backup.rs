@@ -234,13 +234,13 @@ pub(super) fn drive_backup(control: &Control, arguments: Arguments) -> Result<Va
 pub(super) fn retry(control: &Control, mut arguments: Arguments) -> Result<Value, QmpError> {
     let id = arguments.string("id")?;
     let node = arguments.opt_string("target-node")?;
-    let elsewhere = match (node, arguments.has("target")) {
-        (Some(_), true) => return Err(QmpError::generic("Only one of 'target' and 'target-node' may be given")),
-        (Some(node), false) => Some(Destination::new(Named::Node(node))),
-        (None, true) => Some(Destination::read_path(&mut arguments)?),
-        (None, false) => None,
-    };
+    let path = Destination::read_opt_path(&mut arguments)?;
     arguments.finish()?;
+    let elsewhere = match (node, path) {
+        (Some(_), Some(_)) => return Err(QmpError::generic("Only one of 'target' and 'target-node' may be given")),
+        (Some(node), None) => Some(Destination::new(Named::Node(node))),
+        (None, path) => path,
+    };
     let retry = control.jobs.prepare_retry(&id)?;
     let mut destination = elsewhere.unwrap_or_else(|| Destination::new(retry.destination.clone()));
     destination.check(control)?;

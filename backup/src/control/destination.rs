@@ -49,11 +49,26 @@ impl Destination {
 
     /// Reads the members that name a file or device: `target`, `format`, `mode`.
     pub(super) fn read_path(arguments: &mut Arguments) -> Result<Self, QmpError> {
-        let path = arguments.string("target")?.into();
+        if !arguments.has("target") {
+            return Err(arguments.missing("target"));
+        }
+        Self::read_opt_path(arguments)?.ok_or_else(|| arguments.missing("target"))
+    }
+
+    /// The same where they may be left out, but not only the first of them.
+    pub(super) fn read_opt_path(arguments: &mut Arguments) -> Result<Option<Self>, QmpError> {
+        let path = arguments.opt_string("target")?;
         let format = arguments.opt_string("format")?;
         let modes = [("existing", true), ("absolute-paths", false)];
-        let existing = arguments.opt_choice("mode", &modes)?.unwrap_or(false);
-        Ok(Self::new(Named::Path { path, format, existing }))
+        let mode = arguments.opt_choice("mode", &modes)?;
+        match path {
+            Some(path) => {
+                let existing = mode.unwrap_or(false);
+                Ok(Some(Self::new(Named::Path { path: path.into(), format, existing })))
+            }
+            None if format.is_some() || mode.is_some() => Err(arguments.missing("target")),
+            None => Ok(None),
+        }
     }
 
     /// Reads the member that names a node.

@@ -1,9 +1,10 @@
 //! The commands: what the control socket (and the daemon's own clients) can ask for.
 //!
 //! `qmp` brings names and arguments, this room knows what they mean. Each command reads all of its arguments before it does
-//! anything; one that is refused leaves nothing behind. Rooms: `options` (members that several commands share),
-//! `nodes` (disks, and targets as nodes), `bitmaps`, `backup`, `transaction` (through which every change of bitmaps and
-//! every backup goes, alone or with others), `jobs`, `queries`.
+//! anything; one that is refused leaves nothing behind. Rooms: `commands` (which there are, and what they look like),
+//! `schema` (to tell it), `options` (members that several commands share), `nodes` (disks, and targets as nodes), `bitmaps`,
+//! `backup`, `transaction` (through which every change of bitmaps and every backup goes, alone or with others), `jobs`,
+//! `queries`.
 //!
 //! Invariant: every change of bitmaps or gates is one commit, made under the lock of the job registry; files are opened
 //! and created before that lock is taken.
@@ -11,11 +12,13 @@
 mod backup;
 mod bitmaps;
 mod claim;
+mod commands;
 mod destination;
 mod jobs;
 mod nodes;
 mod options;
 mod queries;
+mod schema;
 mod transaction;
 
 use crate::job::{JobError, Jobs};
@@ -23,6 +26,7 @@ use crate::node::Node;
 use crate::qmp::{Arguments, Commands, Events, QmpError};
 use crate::target::{Policy, TargetError};
 use blkmark_bitmap::BitmapError;
+use commands::COMMANDS;
 use nodes::TargetNode;
 use serde_json::{Map, Value, json};
 use std::fmt;
@@ -45,45 +49,6 @@ pub struct Control {
     events: Events,
     settings: Settings,
 }
-
-type Handler = fn(&Control, Arguments) -> Result<Value, QmpError>;
-
-/// Every command that is served, in the order of `query-commands`.
-const COMMANDS: &[(&str, Handler)] = &[
-    ("block-dirty-bitmap-add", bitmaps::add),
-    ("block-dirty-bitmap-clear", bitmaps::clear),
-    ("block-dirty-bitmap-disable", bitmaps::disable),
-    ("block-dirty-bitmap-enable", bitmaps::enable),
-    ("block-dirty-bitmap-merge", bitmaps::merge),
-    ("block-dirty-bitmap-remove", bitmaps::remove),
-    ("block-job-cancel", jobs::block_cancel),
-    ("block-job-complete", jobs::block_complete),
-    ("block-job-dismiss", jobs::block_dismiss),
-    ("block-job-finalize", jobs::block_finalize),
-    ("block-job-pause", jobs::block_pause),
-    ("block-job-resume", jobs::block_resume),
-    ("block-job-set-speed", jobs::block_set_speed),
-    ("blockdev-add", nodes::add),
-    ("blockdev-backup", backup::blockdev_backup),
-    ("blockdev-del", nodes::delete),
-    ("drive-backup", backup::drive_backup),
-    ("job-cancel", jobs::cancel),
-    ("job-complete", jobs::complete),
-    ("job-dismiss", jobs::dismiss),
-    ("job-finalize", jobs::finalize),
-    ("job-pause", jobs::pause),
-    ("job-resume", jobs::resume),
-    ("job-retry", backup::retry),
-    ("query-block", queries::block),
-    ("query-block-jobs", jobs::query_block),
-    ("query-commands", queries::commands),
-    ("query-jobs", jobs::query),
-    ("query-named-block-nodes", queries::named_block_nodes),
-    ("query-version", queries::version),
-    ("quit", queries::quit),
-    ("transaction", transaction::transaction),
-    ("x-debug-block-dirty-bitmap-sha256", bitmaps::sha256),
-];
 
 impl Control {
     /// Over `disks`, whose ids differ; jobs tell of themselves through `events`.
@@ -121,8 +86,8 @@ impl Control {
 
 impl Commands for Control {
     fn execute(&self, name: &str, arguments: Map<String, Value>) -> Option<Result<Value, QmpError>> {
-        let (_, handler) = COMMANDS.iter().find(|(command, _)| *command == name)?;
-        Some(handler(self, Arguments::new(arguments)))
+        let command = COMMANDS.iter().find(|command| command.name == name)?;
+        Some((command.handler)(self, Arguments::new(arguments)))
     }
 }
 

@@ -1,11 +1,13 @@
 //! What can be asked without changing anything, and `quit`.
 
+use super::commands::{COMMANDS, NEGOTIATION};
 use super::nodes::TargetNode;
-use super::{COMMANDS, Control, done};
+use super::{Control, done};
 use crate::node::Node;
 use crate::qmp::{Arguments, QmpError, version as qmp_version};
 use blkmark_bitmap::BitmapInfo;
 use serde_json::{Map, Value, json};
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -18,9 +20,7 @@ pub(super) fn version(_: &Control, arguments: Arguments) -> Answer {
 
 pub(super) fn commands(_: &Control, arguments: Arguments) -> Answer {
     arguments.finish()?;
-    // Negotiation is the session's own command.
-    let names = COMMANDS.iter().map(|(name, _)| *name).chain(["qmp_capabilities"]);
-    Ok(names.map(|name| json!({ "name": name })).collect())
+    Ok(COMMANDS.iter().chain([&NEGOTIATION]).map(|command| json!({ "name": command.name })).collect())
 }
 
 /// Tells that the daemon is about to end, and has it end. The reply is on its way when the socket closes.
@@ -56,7 +56,8 @@ pub(super) fn named_block_nodes(control: &Control, mut arguments: Arguments) -> 
 
 fn disk_info(disk: &Node) -> Value {
     let mut info = node_info(&disk.id, "raw", &disk.path, disk.read_only, Some(disk.tracker.size()));
-    info.insert("dirty-bitmaps".into(), disk.tracker.list().iter().map(bitmap_info).collect());
+    // The newest first, as in QEMU.
+    info.insert("dirty-bitmaps".into(), disk.tracker.list().iter().rev().map(bitmap_info).collect());
     let load = disk.load();
     let scratch = json!({ "memory": load.memory, "file": load.file, "held-writes": load.held });
     info.insert("scratch".into(), scratch);
@@ -67,15 +68,19 @@ fn target_info(node: &TargetNode) -> Value {
     node_info(&node.name, node.driver.name(), &node.path, node.read_only, node.size()).into()
 }
 
+/// Of a file that another node has open: where it ends.
+fn end_of(path: &Path) -> u64 {
+    std::fs::File::open(path).and_then(|mut file| file.seek(SeekFrom::End(0))).unwrap_or(0)
+}
+
 /// The members of QEMU's BlockDeviceInfo. There are no I/O limits yet, so all of those are 0.
 fn node_info(name: &str, driver: &str, path: &Path, read_only: bool, size: Option<u64>) -> Map<String, Value> {
     let file = path.display().to_string();
     let mut image = Map::new();
     image.insert("filename".into(), file.clone().into());
     image.insert("format".into(), driver.into());
-    if let Some(size) = size {
-        image.insert("virtual-size".into(), size.into());
-    }
+    image.insert("dirty-flag".into(), false.into());
+    image.insert("virtual-size".into(), size.unwrap_or_else(|| end_of(path)).into());
     if let Ok(metadata) = std::fs::metadata(path) {
         image.insert("actual-size".into(), (metadata.blocks() * 512).into());
     }
