@@ -5,13 +5,16 @@
 //! using the pointers it took although the front end has replaced the table meanwhile.
 //!
 //! Invariant: regions do not overlap in guest memory (they may in the front end's own addresses: one
-//! memory seen twice), and each lies inside its file as long as it was when it was mapped. A file that shrinks later is a SIGBUS: whether the file is
-//! sealed against that is recorded in [`Region::sealed`].
+//! memory seen twice), and each lies inside its file as long as it was when it was mapped. A file that is not sealed
+//! against shrinking later is watched (`guard`), and [`MemoryTable::lost`] tells when it did.
+
+mod guard;
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use rustix::fs::{FileType, SealFlags};
 use thiserror::Error;
@@ -87,11 +90,12 @@ pub struct Region {
 pub struct MemoryTable {
     regions: Vec<Region>,
     memory: GuestMemory,
+    lost: Arc<AtomicBool>,
 }
 
 impl Default for MemoryTable {
     fn default() -> Self {
-        Self { regions: Vec::new(), memory: GuestMemoryAtomic::new(GuestMemoryMmap::new()) }
+        Self { regions: Vec::new(), memory: GuestMemoryAtomic::new(GuestMemoryMmap::new()), lost: Arc::default() }
     }
 }
 
@@ -99,6 +103,11 @@ impl MemoryTable {
     /// The guest memory, shared: it shows every later change of the table.
     pub fn memory(&self) -> GuestMemory {
         self.memory.clone()
+    }
+
+    /// Set once memory that was mapped turns out to be gone: the front end cut its file short.
+    pub fn lost(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.lost)
     }
 
     /// The memory as it is now.
@@ -121,7 +130,7 @@ impl MemoryTable {
         }
         let mut regions = Vec::with_capacity(specs.len());
         for (spec, file) in specs.iter().zip(files) {
-            insert(&mut regions, map(*spec, file)?)?;
+            insert(&mut regions, self.map(*spec, file)?)?;
         }
         self.install(regions)
     }
@@ -132,7 +141,7 @@ impl MemoryTable {
     /// [`MemoryError`]; the table is then as it was.
     pub fn add(&mut self, spec: RegionSpec, file: File) -> Result<(), MemoryError> {
         let mut regions = self.regions.clone();
-        insert(&mut regions, map(spec, file)?)?;
+        insert(&mut regions, self.map(spec, file)?)?;
         self.install(regions)
     }
 
@@ -160,6 +169,14 @@ impl MemoryTable {
             // Checked when it was inserted: `user + size` does not overflow.
             .find(|s| user >= s.user && end <= s.user + s.size)
             .map(|s| GuestAddress(s.guest + (user - s.user)))
+    }
+
+    fn map(&self, spec: RegionSpec, file: File) -> Result<Region, MemoryError> {
+        let region = map(spec, file)?;
+        if !region.sealed {
+            guard::watch(&region.map, &self.lost).map_err(|source| MemoryError::Map { guest: spec.guest, source })?;
+        }
+        Ok(region)
     }
 
     fn install(&mut self, regions: Vec<Region>) -> Result<(), MemoryError> {

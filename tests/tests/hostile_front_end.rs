@@ -8,13 +8,14 @@
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use blkmark::frontend::{Buffer, Descriptor, FrontendError, Guest, Options, Queue, RawQueue, Request, Wait};
 use blkmark_tests::beside::{Stop, beside};
 use blkmark_tests::daemon::Daemon;
 use blkmark_tests::lab::{Disk, Lab, MIB};
+use blkmark_tests::process::readable_until;
 
 const SIZE: u64 = 16 * MIB;
 const NEXT: u16 = 1;
@@ -464,4 +465,89 @@ impl Random {
     fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit
     }
+}
+
+#[test]
+fn guest_memory_that_shrinks_hurts_nobody_else() -> Result<()> {
+    beside_a_decent_guest(|disk| {
+        for (left, case) in [(1 << 20, "nothing"), (0, "all of it"), (8192, "the rings stay, the buffers go")] {
+            shrink_memory(disk, left).context(case)?;
+            a_decent_client_works(disk).with_context(|| format!("after the loss of {case}"))?;
+        }
+        Ok(())
+    })
+}
+
+/// A session by hand, since a decent front end seals its memory: rings in the first two pages, a write whose data lies
+/// behind them, and a file that is cut to `left` bytes before the back end is told of the request.
+fn shrink_memory(disk: &Disk, left: u64) -> Result<()> {
+    use std::os::fd::{AsRawFd, BorrowedFd};
+    use std::os::unix::fs::FileExt;
+
+    use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
+    use vhost::vhost_user::{Frontend, VhostUserFrontend};
+    use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    const BASE: u64 = 1 << 32;
+    const LENGTH: u64 = 1 << 20;
+    let memory = std::fs::File::from(rustix::fs::memfd_create("shrinks", rustix::fs::MemfdFlags::CLOEXEC)?);
+    memory.set_len(LENGTH)?;
+    let data = 64 << 10;
+    let chain = [
+        Descriptor { address: BASE + 4096, len: 16, flags: NEXT, next: 1 },
+        Descriptor { address: BASE + data, len: 65536, flags: NEXT, next: 2 },
+        Descriptor { address: BASE + 4096 + 64, len: 1, flags: WRITE, next: 0 },
+    ];
+    for (index, descriptor) in chain.into_iter().enumerate() {
+        memory.write_all_at(&descriptor.to_bytes(), index as u64 * 16)?;
+    }
+    memory.write_all_at(&WRITE_REQUEST.to_le_bytes(), 4096)?;
+    memory.write_all_at(&[0, 0, 0, 0, 0, 0], 2048)?;
+
+    let mut session = Frontend::connect(&disk.socket, 1)?;
+    session.set_owner()?;
+    let features = session.get_features()?;
+    let protocol = session.get_protocol_features()? & (Protocol::MQ | Protocol::CONFIG);
+    session.set_protocol_features(protocol)?;
+    // VERSION_1 and the protocol features' bit, no more.
+    session.set_features(features & (1 << 32 | 1 << 30))?;
+    session.set_mem_table(&[VhostUserMemoryRegionInfo {
+        guest_phys_addr: BASE,
+        memory_size: LENGTH,
+        userspace_addr: BASE,
+        mmap_offset: 0,
+        mmap_handle: memory.as_raw_fd(),
+    }])?;
+    let (call, kick) = (EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?);
+    session.set_vring_num(0, 16)?;
+    session.set_vring_addr(
+        0,
+        &VringConfigData {
+            queue_max_size: 16,
+            queue_size: 16,
+            flags: 0,
+            desc_table_addr: BASE,
+            used_ring_addr: BASE + 3072,
+            avail_ring_addr: BASE + 2048,
+            log_addr: None,
+        },
+    )?;
+    session.set_vring_base(0, 0)?;
+    session.set_vring_call(0, &call)?;
+    session.set_vring_kick(0, &kick)?;
+    session.set_vring_enable(0, true)?;
+    session.get_queue_num()?;
+    if left > 0 {
+        memory.write_all_at(&[0, 0, 1, 0, 0, 0], 2048)?;
+    }
+    memory.set_len(left)?;
+    // Rings are told once when they start; that is not the answer.
+    let _ = call.read();
+    kick.write(1)?;
+    // The answer is a status, silence, or the end of the session; the next client tells whether all is well.
+    // SAFETY: `call` stays open to the end of this function.
+    let call = unsafe { BorrowedFd::borrow_raw(call.as_raw_fd()) };
+    readable_until(&call, Instant::now() + Duration::from_secs(1))?;
+    Ok(())
 }

@@ -12,6 +12,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Weak};
 
 use virtio_queue::Queue;
@@ -29,6 +30,8 @@ pub struct RingParts {
     /// Guest memory. It may be replaced while the ring runs: take one snapshot a batch, and let a
     /// request in flight keep the snapshot its pointers come from.
     pub memory: GuestMemory,
+    /// Set when some of that memory turns out to be gone: the connection is to be ended.
+    pub memory_lost: Arc<AtomicBool>,
     /// Readable when the guest made buffers available; non-blocking.
     pub kick: OwnedFd,
     /// Written to when buffers were used; non-blocking. `None`: the front end polls.

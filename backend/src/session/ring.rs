@@ -172,6 +172,7 @@ impl Ring {
             index,
             queue: self.queue(size, &at, ctx)?,
             memory: ctx.memory.memory(),
+            memory_lost: ctx.memory.lost(),
             kick: self.dup(kick)?,
             call: self.share(&self.call)?,
             enabled: self.enabled,

@@ -22,6 +22,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestAddressSpace;
@@ -35,9 +36,11 @@ pub(super) struct QueueThread {
     inbox: Arc<Inbox>,
     engine: Engine,
     lane: Lane,
+    index: usize,
     table: Table,
     ring: Queue,
     memory: GuestMemory,
+    memory_lost: Arc<AtomicBool>,
     /// The snapshot that new requests get, renewed when the front end changes its memory.
     snapshot: Rc<MemorySnapshot>,
     kick: OwnedFd,
@@ -72,10 +75,12 @@ impl QueueThread {
             bounds: shared.bounds,
             engine,
             lane,
+            index: usize::from(parts.index),
             table: Table::new(places),
             ring: parts.queue,
             snapshot,
             memory: parts.memory,
+            memory_lost: parts.memory_lost,
             kick: parts.kick,
             call: parts.call,
             hangup: parts.hangup,
@@ -113,6 +118,7 @@ impl QueueThread {
         loop {
             self.read_inbox();
             self.take_requests();
+            self.look_after_memory();
             self.admit();
             self.queue_operations()?;
             if self.stopping && self.table.in_flight() == 0 {
@@ -139,6 +145,19 @@ impl QueueThread {
                 Message::Decided(index, Verdict::Refused) => self.finish(index, device::IOERR),
                 Message::Stop => self.stopping = true,
             }
+        }
+    }
+
+    /// Memory that is gone reads as zeroes by now: nothing may be made of it.
+    fn look_after_memory(&mut self) {
+        if self.broken || !self.memory_lost.load(Ordering::Relaxed) {
+            return;
+        }
+        self.broken = true;
+        self.hangup.hang_up(&format_args!("'{}': the front end cut its memory short", self.shared.id));
+        // What was just taken has not been submitted yet: of its data nobody knows what is left.
+        for index in self.changes.drain(..).chain(self.ready.drain(..)).collect::<Vec<_>>() {
+            self.finish(index, device::IOERR);
         }
     }
 
@@ -195,6 +214,9 @@ impl QueueThread {
     }
 
     fn route(&mut self, index: usize, kind: Kind) {
+        if matches!(kind, Kind::Read | Kind::Write) {
+            self.table.place(index).begun = self.shared.disk.guest_pulse().begin(self.index);
+        }
         match kind {
             Kind::Write | Kind::Discard | Kind::WriteZeroes { .. } => self.changes.push(index),
             Kind::Read | Kind::Flush => self.ready.push(index),
@@ -317,6 +339,9 @@ impl QueueThread {
     fn finish(&mut self, index: usize, code: u8) {
         let place = self.table.place(index);
         let (head, registered) = (place.head, place.registered);
+        if let Some(begun) = place.begun {
+            self.shared.disk.guest_pulse().end(self.index, begun);
+        }
         if let (Some(request), Some(memory)) = (place.request.take(), place.memory.take()) {
             let status: StatusPlace = request.status;
             // SAFETY: the place has kept the snapshot that the request was parsed with.
