@@ -9,6 +9,7 @@ pub mod job;
 pub mod nbd;
 pub mod node;
 pub mod point;
+pub mod pulse;
 pub mod qmp;
 pub mod scratch;
 pub mod source;

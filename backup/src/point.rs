@@ -15,6 +15,7 @@
 
 use crate::cbw::{CopyBeforeWrite, OnError, Saved, State};
 use crate::node::Node;
+use crate::pulse::Pulse;
 use crate::scratch::ScratchError;
 use crate::source::BlockStatus;
 use blkmark_bitmap::sync::{AtomicBool, Mutex, MutexGuard, Ordering, fence, lock};
@@ -215,11 +216,14 @@ impl Point {
             let (from_scratch, end) = {
                 let state = self.readable()?;
                 let index = &state.points[&self.face.key].index;
-                let saved = index.contains_key(&at);
-                let differs = |unit: &ByteRange| index.contains_key(&unit.start()) != saved;
-                let end =
-                    self.units(ByteRange::between(at, range.end())).find(differs).map_or(range.end(), |u| u.start());
-                (saved, end)
+                let first_saved = index.range(at..range.end()).next().map(|(start, _)| *start);
+                if first_saved == Some(at) {
+                    let ahead = ByteRange::between(at, range.end());
+                    let gap = self.units(ahead).find(|unit| !index.contains_key(&unit.start()));
+                    (true, gap.map_or(range.end(), |unit| unit.start()))
+                } else {
+                    (false, first_saved.unwrap_or(range.end()))
+                }
             };
             let piece = ByteRange::between(at, end);
             let part = &mut buf[(at - range.start()) as usize..(end - range.start()) as usize];
@@ -261,6 +265,13 @@ impl Point {
     fn settle_read(&self, piece: ByteRange) -> Result<Vec<(ByteRange, Saved)>, PointError> {
         let state = self.readable()?;
         let index = &state.points[&self.face.key].index;
+        if index.range(piece.start()..piece.end()).next().is_none() && !state.is_saving(piece) {
+            // The usual case: nobody has overwritten any of it, and nobody is about to.
+            if !self.keep {
+                self.face.settle(piece);
+            }
+            return Ok(Vec::new());
+        }
         let mut saved = Vec::new();
         for unit in self.units(piece) {
             match index.get(&unit.start()) {
@@ -353,5 +364,18 @@ impl Drop for Point {
 impl fmt::Debug for Point {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Point").field("node", &self.node.id).field("key", &self.face.key).finish_non_exhaustive()
+    }
+}
+
+/// What the copy engine asks besides.
+impl Point {
+    /// What the disk says of the beginning of `range` at this moment: a hint on how to go about it, no more.
+    pub fn status(&self, range: ByteRange) -> io::Result<(BlockStatus, u64)> {
+        self.node.source.block_status(range.start(), range.len())
+    }
+
+    /// How the guest of the disk fares.
+    pub fn pulse(&self) -> Option<&Pulse> {
+        self.node.source.pulse()
     }
 }

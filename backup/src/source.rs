@@ -3,6 +3,7 @@
 //! `backend` implements it for the files and block devices that it serves; tests implement it in memory. A source
 //! is read beside live guest writes: it knows nothing of points in time, which are the gate's affair.
 
+use crate::pulse::Pulse;
 use std::io;
 
 /// Device and inode of what a source or target stores its bytes in, to refuse a backup of a disk onto itself.
@@ -42,4 +43,9 @@ pub trait Source: Send + Sync {
 
     /// The file or device behind it, where there is one.
     fn file_id(&self) -> Option<FileId>;
+
+    /// How the guest that uses the disk fares; `None` where nobody can tell.
+    fn pulse(&self) -> Option<&Pulse> {
+        None
+    }
 }

@@ -431,9 +431,11 @@ fn all_that_is_declared_is_declared_so_in_qemu() {
 
 const ONLY_HERE: &[&str] = &[
     "blockdev-backup.cbw-timeout: only here",
+    "blockdev-backup.max-guest-latency: only here",
     "blockdev-backup.on-cbw-error: only here",
     "blockdev-backup.on-failure: only here",
     "drive-backup.cbw-timeout: only here",
+    "drive-backup.max-guest-latency: only here",
     "drive-backup.on-cbw-error: only here",
     "drive-backup.on-failure: only here",
     "query-block:.inserted.dirty-bitmaps.freeze-id: only here",

@@ -8,6 +8,7 @@
 //! Nothing here skips: what is missing on the machine ends a test at once with the name of the missing part.
 
 pub mod bench;
+pub mod bench_backup;
 pub mod beside;
 pub mod blkio_client;
 pub mod daemon;

@@ -2,6 +2,7 @@
 
 use blkmark_backup::buffer::{ALIGNMENT, AlignedBuffer};
 use blkmark_backup::file_lock::{self, LockError, LockMode};
+use blkmark_backup::pulse::Pulse;
 use blkmark_backup::source::{BlockStatus, FileId, Source};
 use rustix::fs::{FileType, OFlags, SeekFrom};
 use std::fs::File;
@@ -78,6 +79,7 @@ pub struct DiskFile {
     block: u32,
     physical: u32,
     memory_alignment: u32,
+    pulse: Pulse,
 }
 
 impl DiskFile {
@@ -124,7 +126,8 @@ impl DiskFile {
         file_lock::lock_within(&file, mode, LOCK_PATIENCE)
             .map_err(|error| DiskError::Locked { path: path.clone(), error })?;
         let physical = physical.max(block);
-        Ok(Self { file, path, id, size, read_only: options.read_only, direct, block, physical, memory_alignment })
+        let (read_only, pulse) = (options.read_only, Pulse::default());
+        Ok(Self { file, path, id, size, read_only, direct, block, physical, memory_alignment, pulse })
     }
 
     /// As the operator named it.
@@ -155,6 +158,11 @@ impl DiskFile {
     /// Alignment in bytes that memory needs for I/O.
     pub fn memory_alignment(&self) -> u32 {
         self.memory_alignment
+    }
+
+    /// How its guest fares, for queue threads to tell.
+    pub fn guest_pulse(&self) -> &Pulse {
+        &self.pulse
     }
 
     /// Makes all completed writes durable.
@@ -248,5 +256,9 @@ impl Source for DiskFile {
 
     fn file_id(&self) -> Option<FileId> {
         Some(self.id)
+    }
+
+    fn pulse(&self) -> Option<&Pulse> {
+        Some(&self.pulse)
     }
 }

@@ -36,6 +36,7 @@ pub(super) struct QueueThread {
     inbox: Arc<Inbox>,
     engine: Engine,
     lane: Lane,
+    index: usize,
     table: Table,
     ring: Queue,
     memory: GuestMemory,
@@ -74,6 +75,7 @@ impl QueueThread {
             bounds: shared.bounds,
             engine,
             lane,
+            index: usize::from(parts.index),
             table: Table::new(places),
             ring: parts.queue,
             snapshot,
@@ -212,6 +214,9 @@ impl QueueThread {
     }
 
     fn route(&mut self, index: usize, kind: Kind) {
+        if matches!(kind, Kind::Read | Kind::Write) {
+            self.table.place(index).begun = self.shared.disk.guest_pulse().begin(self.index);
+        }
         match kind {
             Kind::Write | Kind::Discard | Kind::WriteZeroes { .. } => self.changes.push(index),
             Kind::Read | Kind::Flush => self.ready.push(index),
@@ -334,6 +339,9 @@ impl QueueThread {
     fn finish(&mut self, index: usize, code: u8) {
         let place = self.table.place(index);
         let (head, registered) = (place.head, place.registered);
+        if let Some(begun) = place.begun {
+            self.shared.disk.guest_pulse().end(self.index, begun);
+        }
         if let (Some(request), Some(memory)) = (place.request.take(), place.memory.take()) {
             let status: StatusPlace = request.status;
             // SAFETY: the place has kept the snapshot that the request was parsed with.

@@ -8,6 +8,7 @@ use crate::device::request::Request;
 use crate::memory::MemorySnapshot;
 use libc::iovec;
 use std::rc::Rc;
+use std::time::Instant;
 
 /// One request in flight.
 pub(super) struct Place {
@@ -19,6 +20,8 @@ pub(super) struct Place {
     pub(super) stage: Stage,
     /// Whether it stands in the tracker's in-flight slot of the same number.
     pub(super) registered: bool,
+    /// When it was taken from the ring, while somebody watches the disk's pulse.
+    pub(super) begun: Option<Instant>,
 }
 
 /// All places of one queue.
@@ -36,6 +39,7 @@ impl Table {
             memory: None,
             stage: Stage::idle(),
             registered: false,
+            begun: None,
         };
         Self { places: std::iter::repeat_with(place).take(size).collect(), free: (0..size).rev().collect() }
     }
@@ -56,6 +60,7 @@ impl Table {
         place.request = None;
         place.memory = None;
         place.registered = false;
+        place.begun = None;
         place.iovecs.clear();
         place.stage.end();
         self.free.push(index);

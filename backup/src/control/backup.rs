@@ -13,6 +13,7 @@ use crate::job::{
 };
 use crate::point::{Point, PointOptions, Wanted};
 use crate::qmp::{Arguments, QmpError};
+use blkmark_bitmap::Frozen;
 use serde_json::Value;
 use std::sync::Arc;
 
@@ -122,11 +123,12 @@ impl BackupAction {
             let name = target.as_ref().map_or_else(String::new, |target| target.name());
             return Err(QmpError::generic(format!("Compression is not supported for this drive {name}")));
         }
-        let cluster = self.perf.cluster(target.as_deref())?;
         let frozen = match &self.bitmap {
             Some(bitmap) => Some(stage.draft(disk).freeze(bitmap)?),
             None => None,
         };
+        let granularity = frozen.as_ref().filter(|_| sync == SyncMode::Bitmap).map(Frozen::granularity);
+        let cluster = self.perf.cluster(target.as_deref(), granularity)?;
         if let Some(target) = &target {
             check_size(&**target, disk)?;
         }

@@ -207,6 +207,7 @@ const BACKUP: &[Member] = &[
     optional("on-failure", Type::Enum(&["reclaim", "keep"])),
     optional("on-cbw-error", Type::Enum(&["break-snapshot", "break-guest-write"])),
     optional("cbw-timeout", Int),
+    optional("max-guest-latency", Int),
 ];
 
 static PERF: Object = object(&[&[

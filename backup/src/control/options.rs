@@ -4,6 +4,7 @@
 //! name.
 
 use crate::cbw;
+use crate::copy::GUEST_LATENCY;
 use crate::job::{OnError, OnFailure, Settings};
 use crate::nbd::{Address, Client, ClientSettings, NbdTarget};
 use crate::point::PointOptions;
@@ -180,6 +181,7 @@ pub(super) fn job_settings(arguments: &mut Arguments) -> Result<Settings, QmpErr
         on_target_error: arguments.opt_choice("on-target-error", ON_ERRORS)?.unwrap_or_default(),
         auto_finalize: arguments.opt_bool("auto-finalize")?.unwrap_or(true),
         auto_dismiss: arguments.opt_bool("auto-dismiss")?.unwrap_or(true),
+        guest_latency: guest_latency(arguments)?,
         on_failure: arguments
             .opt_choice("on-failure", &[("reclaim", OnFailure::Reclaim), ("keep", OnFailure::Keep)])?
             .unwrap_or_default(),
@@ -202,8 +204,22 @@ pub(super) fn point_options(arguments: &mut Arguments) -> Result<PointOptions, Q
     })
 }
 
-/// A copy needs no smaller clusters than these, as in QEMU.
-const SMALLEST_CLUSTER: u64 = 64 * 1024;
+/// Reads `max-guest-latency`, in microseconds: what the copy leaves of the disk to the guest. 0: the copy does not look.
+fn guest_latency(arguments: &mut Arguments) -> Result<Duration, QmpError> {
+    /// An hour; a longer limit is a mistake.
+    const MOST: u64 = 3_600_000_000;
+    match arguments.opt_u64("max-guest-latency")? {
+        None => Ok(GUEST_LATENCY),
+        Some(micros) if micros <= MOST => Ok(Duration::from_micros(micros)),
+        Some(_) => Err(QmpError::generic(format!("max-guest-latency may be at most {MOST} microseconds"))),
+    }
+}
+
+/// A copy of a whole disk needs no smaller clusters than these, as in QEMU.
+const USUAL_CLUSTER: u64 = 64 * 1024;
+
+/// Smaller requests than these are as slow, and many disks refuse them.
+const SMALLEST_CLUSTER: u64 = 4096;
 
 /// QEMU's tuning of a copy. The number of workers is this engine's own affair.
 #[derive(Debug, Default)]
@@ -230,8 +246,13 @@ pub(super) fn perf(arguments: &mut Arguments) -> Result<Perf, QmpError> {
 }
 
 impl Perf {
-    /// Checks it, and finds the unit of copying to `target`.
-    pub(super) fn cluster(&self, target: Option<&dyn Target>) -> Result<Granularity, QmpError> {
+    /// Checks it, and finds the unit of copying to `target` what a bitmap of this granularity holds, or all. A finer
+    /// bitmap knows of smaller changes, and a target that has no larger clusters itself takes just those.
+    pub(super) fn cluster(
+        &self,
+        target: Option<&dyn Target>,
+        bitmap: Option<Granularity>,
+    ) -> Result<Granularity, QmpError> {
         let refuse = |text: String| Err(QmpError::generic(text));
         if self.max_workers.is_some_and(|workers| !(1..=i64::from(i32::MAX)).contains(&workers)) {
             return refuse(format!("max-workers must be between 1 and {}", i32::MAX));
@@ -242,7 +263,8 @@ impl Perf {
         if self.min_cluster > 0 && !self.min_cluster.is_power_of_two() {
             return refuse("min-cluster-size needs to be a power of 2".to_owned());
         }
-        let cluster = SMALLEST_CLUSTER.max(self.min_cluster).max(target.map_or(0, Target::cluster_size));
+        let usual = bitmap.map_or(USUAL_CLUSTER, |bitmap| bitmap.bytes().clamp(SMALLEST_CLUSTER, USUAL_CLUSTER));
+        let cluster = usual.max(self.min_cluster).max(target.map_or(0, Target::cluster_size));
         let max_chunk = self.max_chunk.unsigned_abs();
         if max_chunk > 0 && max_chunk < cluster {
             return refuse(format!("Required max-chunk ({max_chunk}) is less than backup cluster size ({cluster})"));

@@ -8,7 +8,7 @@ use super::backup::{Backup, Content, Destination, Held, Outcome};
 use super::policy::{IoStatus, OnError, OnFailure};
 use super::state::{Status, Verb};
 use super::{events, life};
-use crate::copy::CopyControl;
+use crate::copy::{CopyControl, GUEST_LATENCY};
 use crate::node::Node;
 use crate::point::Point;
 use crate::qmp::Events;
@@ -21,6 +21,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
+use std::time::Duration;
 use thiserror::Error;
 
 /// Why a command about a job was refused. The texts are QEMU's.
@@ -81,6 +82,8 @@ pub struct Settings {
     pub on_source_error: OnError,
     /// When the target cannot be written.
     pub on_target_error: OnError,
+    /// How long the guest's requests may take before the copy makes room for them; zero: whatever.
+    pub guest_latency: Duration,
     /// What becomes of its point in time if it fails.
     pub on_failure: OnFailure,
 }
@@ -93,6 +96,7 @@ impl Default for Settings {
             auto_dismiss: true,
             on_source_error: OnError::Report,
             on_target_error: OnError::Report,
+            guest_latency: GUEST_LATENCY,
             on_failure: OnFailure::Reclaim,
         }
     }
@@ -524,6 +528,7 @@ impl Locked<'_> {
             inner.next_key += 1;
             let control = Arc::new(CopyControl::default());
             control.set_speed(job.settings.speed);
+            control.set_guest_latency(job.settings.guest_latency);
             let backup = job.backup;
             let endless = backup.held.content == Content::Overwritten;
             let mut entry = Entry {

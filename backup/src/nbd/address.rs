@@ -177,6 +177,7 @@ impl Write for &Stream {
 }
 
 /// A connection during its handshake, all of which has to be over at one deadline.
+#[derive(Clone, Copy)]
 pub(super) struct Timed<'a> {
     stream: &'a Stream,
     deadline: Instant,

@@ -2,16 +2,24 @@
 //!
 //! Made by `target::create` and `target::open`. Workers write at once without a lock: the kernel keeps disjoint ranges
 //! apart. The invariant: nothing is ever written outside `0..size`, so neither file nor size changes under a job.
+//!
+//! What is aligned is written past the page cache where the file system can: a backup that fills the cache pushes out what
+//! others read, and the kernel then writes it back in bursts, under which the guest's own requests wait for seconds.
 
 use super::bytes::{Kind, check_range};
 use super::draft::Draft;
 use super::{CreateOptions, Policy, Target, TargetError};
+use crate::buffer::ALIGNMENT;
 use crate::source::FileId;
+use rustix::fs::{Mode, OFlags};
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// As QEMU copies to raw files: big enough to be quick, small enough to skip zeroes well.
-const CLUSTER: u64 = 64 * 1024;
+/// A page: what is written in whole pages needs nothing read.
+const CLUSTER: u64 = 4096;
 
 /// A raw image that is written.
 pub(super) struct RawTarget {
@@ -20,6 +28,8 @@ pub(super) struct RawTarget {
     reads_zero: bool,
     path: PathBuf,
     ids: [FileId; 1],
+    /// The same file past the page cache; locks and lengths stay with the descriptor of the draft.
+    direct: Option<File>,
 }
 
 impl RawTarget {
@@ -50,8 +60,23 @@ impl RawTarget {
     fn new(mut draft: Draft, size: u64, reads_zero: bool, path: &Path) -> Self {
         draft.keep();
         let ids = [draft.bytes.id()];
-        Self { draft, size, reads_zero, path: path.to_owned(), ids }
+        let direct = open_direct(draft.bytes.file());
+        Self { draft, size, reads_zero, path: path.to_owned(), ids, direct }
     }
+}
+
+/// Opens it anew, through no name that anybody could have changed. Without /proc, or where the file system refuses, what
+/// there is will do.
+fn open_direct(file: &File) -> Option<File> {
+    let flags = OFlags::WRONLY | OFlags::DIRECT | OFlags::CLOEXEC;
+    let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
+    rustix::fs::open(itself, flags, Mode::empty()).ok().map(File::from)
+}
+
+/// Whether direct I/O takes it, on any device that Linux knows.
+fn is_aligned(buf: &[u8], offset: u64) -> bool {
+    let aligned = |number: u64| number.is_multiple_of(ALIGNMENT as u64);
+    aligned(buf.as_ptr().addr() as u64) && aligned(buf.len() as u64) && aligned(offset)
 }
 
 impl Target for RawTarget {
@@ -69,7 +94,14 @@ impl Target for RawTarget {
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         check_range(offset, buf.len() as u64, self.size)?;
-        self.draft.bytes.write_at(buf, offset)
+        match &self.direct {
+            Some(direct) if is_aligned(buf, offset) => match direct.write_all_at(buf, offset) {
+                // Not on this device, or not this range of it, after all.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.draft.bytes.write_at(buf, offset),
+                done => done,
+            },
+            _ => self.draft.bytes.write_at(buf, offset),
+        }
     }
 
     fn write_zeroes_at(&self, offset: u64, len: u64) -> io::Result<()> {

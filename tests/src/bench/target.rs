@@ -137,7 +137,7 @@ const TMPFS_MAGIC: u64 = 0x0102_1994;
 
 /// Refuses to fill a file system, and above all the machine's memory, to the brim: whatever else runs here would be
 /// hit by it.
-fn check_room(dir: &Path, size: u64) -> Result<()> {
+pub fn check_room(dir: &Path, size: u64) -> Result<()> {
     let stat = rustix::fs::statfs(dir).with_context(|| format!("cannot use {}", dir.display()))?;
     let mut free = stat.f_bavail.saturating_mul(u64::try_from(stat.f_bsize)?);
     let mut what = "free space";

@@ -1,0 +1,135 @@
+//! The copy engine: moves a point in time into a target at the target's pace.
+//!
+//! Called by jobs. Workers take hands of the plan one after another (`deal`); each reads its hand as of the point, finds out
+//! what of it is zero, and writes (`worker`). Others steer it (`control`), and the guest's own latency bounds how much is
+//! under way at once (`pace`). The guest is not in here at all: however slow the target, all that waits is a worker.
+
+mod control;
+mod deal;
+mod pace;
+mod worker;
+
+use crate::point::{Point, PointError};
+use crate::target::Target;
+use blkmark_bitmap::Bits;
+pub use control::CopyControl;
+use deal::Deal;
+use pace::Pace;
+use std::io;
+use std::sync::Mutex;
+use std::time::Duration;
+use thiserror::Error;
+use worker::{Shared, Worker};
+
+/// Workers for long runs. More does not help one disk, and each costs a buffer of `CHUNK`.
+const WORKERS: u64 = 4;
+
+/// Workers for short runs scattered over a disk, which take longer to reach than to read.
+const WORKERS_SCATTERED: u64 = 16;
+
+/// Runs that are shorter than this on average are scattered.
+const SCATTERED: u64 = 256 << 10;
+
+/// Most bytes that a worker reads at once.
+const CHUNK: u64 = 1 << 20;
+
+/// How long an error that the operator wants ignored is left alone before the same bytes are tried again.
+pub(crate) const RETRY_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long guest requests may take before a backup makes room for them, unless another limit is asked for.
+pub const GUEST_LATENCY: Duration = Duration::from_millis(1);
+
+/// Which side of a copy failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The disk.
+    Source,
+    /// The backup.
+    Target,
+}
+
+/// What a failed read or write leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// The copy ends with this error.
+    Report,
+    /// The same bytes are tried again.
+    Retry,
+    /// The copy pauses; when it is resumed the same bytes are tried again.
+    Stop,
+}
+
+/// Why a copy ended before it was done.
+#[derive(Debug, Error)]
+pub enum CopyError {
+    /// It was told to.
+    #[error("the job was cancelled")]
+    Cancelled,
+    /// The point in time cannot be read.
+    #[error(transparent)]
+    Point(#[from] PointError),
+    /// The target refused a write.
+    #[error("could not write the target at {offset:#x}: {error}")]
+    Target {
+        /// Where, in bytes.
+        offset: u64,
+        /// What the system said.
+        error: io::Error,
+    },
+}
+
+/// How a plan lies on the disk.
+#[derive(Clone, Copy)]
+struct Extent {
+    bytes: u64,
+    runs: u64,
+}
+
+impl Extent {
+    fn of(plan: &Bits) -> Self {
+        plan.runs()
+            .fold(Self { bytes: 0, runs: 0 }, |sum, run| Self { bytes: sum.bytes + run.len(), runs: sum.runs + 1 })
+    }
+
+    fn workers(self, chunk: u64) -> u64 {
+        let workers = if self.bytes / self.runs.max(1) < SCATTERED { WORKERS_SCATTERED } else { WORKERS };
+        workers.min(self.runs.max(self.bytes / chunk)).max(1)
+    }
+}
+
+/// Copies the clusters of `plan` (of the point's cluster size) from `point` to `target`. Blocks until it is done,
+/// cancelled or has failed; `on_error` decides what a failed read or write leads to. The target is not flushed.
+pub fn run(
+    point: &Point,
+    plan: &Bits,
+    target: &dyn Target,
+    control: &CopyControl,
+    on_error: &(dyn Fn(Side, &io::Error) -> Action + Sync),
+) -> Result<(), CopyError> {
+    let extent = Extent::of(plan);
+    control.begin(plan, extent.bytes);
+    let chunk = CHUNK.max(point.cluster().bytes());
+    let workers = extent.workers(chunk);
+    let pace = Pace::new(point.pulse(), control.guest_latency(), chunk, workers);
+    let deal = Mutex::new(Deal::new(point, plan));
+    let shared = Shared { point, target, control, on_error, deal, pace, chunk };
+    let failure: Mutex<Option<CopyError>> = Mutex::new(None);
+    let work = || {
+        if let Err(error) = Worker::new(&shared).run() {
+            let mut failure = failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            // The first failure ends the others, which then report that they were cancelled.
+            failure.get_or_insert(error);
+            shared.deal().close();
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..workers {
+            scope.spawn(work);
+        }
+        work();
+    });
+    match failure.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,185 @@
+//! One worker of a copy: takes a hand, reads it as of the point, finds out what of it is zero, and writes.
+//!
+//! Invariant: what is taken from the point gets to the target or is reported as not copied; so pause and speed are asked
+//! about before the point is touched.
+
+use super::control::CopyControl;
+use super::deal::{Deal, Hand};
+use super::pace::Pace;
+use super::{Action, CopyError, RETRY_PAUSE, Side};
+use crate::buffer::{AlignedBuffer, is_zero};
+use crate::point::{Point, PointError};
+use crate::target::Target;
+use blkmark_bitmap::ByteRange;
+use std::io;
+use std::sync::{Mutex, MutexGuard};
+
+/// Most runs in a hand: a worker that is told to stop finishes its hand first.
+const HAND: usize = 64;
+
+/// Steps of a copy whose speed is bounded, if clusters are small enough.
+const STEPS_A_SECOND: u64 = 10;
+
+/// What all workers of a copy share.
+pub(super) struct Shared<'a> {
+    pub(super) point: &'a Point,
+    pub(super) target: &'a dyn Target,
+    pub(super) control: &'a CopyControl,
+    pub(super) on_error: &'a (dyn Fn(Side, &io::Error) -> Action + Sync),
+    pub(super) deal: Mutex<Deal<'a>>,
+    pub(super) pace: Pace<'a>,
+    /// Bytes of the largest hand.
+    pub(super) chunk: u64,
+}
+
+impl<'a> Shared<'a> {
+    pub(super) fn deal(&self) -> MutexGuard<'_, Deal<'a>> {
+        self.deal.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// One worker.
+pub(super) struct Worker<'w, 'a> {
+    shared: &'w Shared<'a>,
+    buffer: AlignedBuffer,
+    /// What is in the target and not yet reported.
+    done: Vec<ByteRange>,
+}
+
+impl<'w, 'a> Worker<'w, 'a> {
+    pub(super) fn new(shared: &'w Shared<'a>) -> Self {
+        Self { shared, buffer: AlignedBuffer::new(shared.chunk as usize), done: Vec::new() }
+    }
+
+    /// Works until there is nothing left.
+    pub(super) fn run(&mut self) -> Result<(), CopyError> {
+        yield_to_others();
+        let mut pieces = Vec::new();
+        loop {
+            let speed = self.shared.control.admit(0)?;
+            let permit = self.shared.pace.enter();
+            let hand = match speed {
+                0 => self.shared.deal().next(permit.bytes, HAND, &mut pieces),
+                // A bounded copy goes in small steps, not in rare bursts.
+                speed => self.shared.deal().next(permit.bytes.min(speed / STEPS_A_SECOND), 1, &mut pieces),
+            };
+            let result = match hand {
+                Hand::Nothing => Ok(()),
+                Hand::Hole(hole) => self.hole(hole),
+                Hand::Data => self.pieces(&pieces),
+            };
+            self.report();
+            self.shared.pace.leave(permit);
+            result?;
+            if matches!(hand, Hand::Nothing) {
+                return Ok(());
+            }
+        }
+    }
+
+    fn report(&mut self) {
+        if !self.done.is_empty() {
+            self.shared.control.done(&self.done);
+            self.done.clear();
+        }
+    }
+
+    fn pieces(&mut self, pieces: &[ByteRange]) -> Result<(), CopyError> {
+        self.shared.control.admit(pieces.iter().map(|piece| piece.len()).sum())?;
+        pieces.iter().try_for_each(|piece| self.copy(*piece))
+    }
+
+    /// What turns out to be data after all is copied.
+    fn hole(&mut self, mut rest: ByteRange) -> Result<(), CopyError> {
+        while !rest.is_empty() {
+            let hole = self.insist(|worker| Ok(worker.shared.point.take_hole(rest)?))?;
+            let passed = if hole > 0 {
+                let hole = ByteRange::new(rest.start(), hole);
+                self.zeroes(hole)?;
+                hole
+            } else {
+                let piece = ByteRange::new(rest.start(), rest.len().min(self.shared.chunk));
+                self.shared.control.admit(piece.len())?;
+                self.copy(piece)?;
+                piece
+            };
+            rest = ByteRange::between(passed.end(), rest.end());
+        }
+        Ok(())
+    }
+
+    fn copy(&mut self, piece: ByteRange) -> Result<(), CopyError> {
+        let len = piece.len() as usize;
+        self.insist(|worker| Ok(worker.shared.point.take(piece, &mut worker.buffer[..len])?))?;
+        let cluster = self.shared.point.cluster().bytes() as usize;
+        let mut at = 0;
+        while at < len {
+            let end = |at: usize| (at + cluster).min(len);
+            let zero = is_zero(&self.buffer[at..end(at)]);
+            let mut until = end(at);
+            while until < len && is_zero(&self.buffer[until..end(until)]) == zero {
+                until = end(until);
+            }
+            let range = ByteRange::new(piece.start() + at as u64, (until - at) as u64);
+            if zero {
+                self.zeroes(range)?;
+            } else {
+                self.put(range, |worker| worker.shared.target.write_at(&worker.buffer[at..until], range.start()))?;
+            }
+            at = until;
+        }
+        Ok(())
+    }
+
+    fn zeroes(&mut self, range: ByteRange) -> Result<(), CopyError> {
+        self.put(range, |worker| match worker.shared.target {
+            target if target.reads_zero() => Ok(()),
+            target => target.write_zeroes_at(range.start(), range.len()),
+        })
+    }
+
+    fn put(&mut self, range: ByteRange, write: impl Fn(&mut Self) -> io::Result<()>) -> Result<(), CopyError> {
+        self.insist(|worker| write(worker).map_err(|error| CopyError::Target { offset: range.start(), error }))?;
+        self.done.push(range);
+        Ok(())
+    }
+
+    /// Tries until it works or the policy gives up.
+    fn insist<T>(&mut self, mut attempt: impl FnMut(&mut Self) -> Result<T, CopyError>) -> Result<T, CopyError> {
+        loop {
+            let error = match attempt(self) {
+                Ok(done) => return Ok(done),
+                Err(error) => error,
+            };
+            // It may take long from here, and somebody may look.
+            self.report();
+            let shared = self.shared;
+            let action = match &error {
+                CopyError::Point(PointError::Source { error, .. }) => (shared.on_error)(Side::Source, error),
+                CopyError::Target { error, .. } => (shared.on_error)(Side::Target, error),
+                // A broken point stays broken.
+                _ => Action::Report,
+            };
+            match action {
+                Action::Report => return Err(error),
+                Action::Retry => shared.control.rest(RETRY_PAUSE),
+                Action::Stop => shared.control.pause(),
+            }
+            shared.control.admit(0)?;
+        }
+    }
+}
+
+/// Tells the kernel that this thread is in no hurry: it does not push others off a processor when it wakes, and where the
+/// disk has a scheduler that knows priorities its requests come after the guest's. It keeps its share of the processors.
+fn yield_to_others() {
+    /// `IOPRIO_WHO_PROCESS` with id 0 is this thread; class 2 is best effort, 7 its lowest level (linux/ioprio.h).
+    const WHO_THREAD: libc::c_int = 1;
+    const LOWEST: libc::c_int = 2 << 13 | 7;
+    let ordinary = libc::sched_param { sched_priority: 0 };
+    // SAFETY: two calls about the calling thread; the first reads one sched_param. Where they are refused, nothing changes.
+    unsafe {
+        libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const ordinary);
+        libc::syscall(libc::SYS_ioprio_set, WHO_THREAD, 0, LOWEST);
+    }
+}
