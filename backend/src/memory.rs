@@ -12,7 +12,6 @@ mod guard;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -72,6 +71,18 @@ pub enum MemoryError {
     FileCount { regions: usize, files: usize },
     #[error("cannot map the memory region at guest address {guest:#x}: {source}")]
     Map { guest: u64, source: io::Error },
+}
+
+/// Why shared memory that is not guest memory was refused.
+#[derive(Debug, Error)]
+#[allow(missing_docs)]
+pub enum MapError {
+    #[error("it is not a regular file")]
+    NotAFile,
+    #[error("it needs {needs:#x} bytes of its file, which has {has:#x}")]
+    FileTooShort { needs: u64, has: u64 },
+    #[error("cannot map it: {0}")]
+    Map(io::Error),
 }
 
 /// One mapped region.
@@ -179,6 +190,19 @@ impl MemoryTable {
         Ok(region)
     }
 
+    /// Maps `len` bytes of memory that a front end shares beside the guest's. It is watched like guest memory: if it shrinks,
+    /// [`MemoryTable::lost`] tells.
+    ///
+    /// # Errors
+    /// [`MapError`], if the file has no such bytes or cannot be mapped for reading and writing.
+    pub fn map_beside(&self, file: File, offset: u64, len: usize) -> Result<Arc<MmapRegion>, MapError> {
+        let (map, sealed) = map_file(file, offset, len)?;
+        if !sealed {
+            guard::watch(&map, &self.lost).map_err(MapError::Map)?;
+        }
+        Ok(map)
+    }
+
     fn install(&mut self, regions: Vec<Region>) -> Result<(), MemoryError> {
         let mut parts = Vec::with_capacity(regions.len());
         for region in &regions {
@@ -227,7 +251,7 @@ fn map(spec: RegionSpec, file: File) -> Result<Region, MemoryError> {
         return Err(MemoryError::Empty(guest));
     }
     let overflow = MemoryError::Overflow { guest, size };
-    let (Some(_), Some(_), Some(needs), Ok(len)) =
+    let (Some(_), Some(_), Some(_), Ok(len)) =
         (guest.checked_add(size), user.checked_add(size), file_offset.checked_add(size), usize::try_from(size))
     else {
         return Err(overflow);
@@ -235,23 +259,33 @@ fn map(spec: RegionSpec, file: File) -> Result<Region, MemoryError> {
     if !guest.is_multiple_of(PAGE) {
         return Err(MemoryError::Unaligned(guest));
     }
-    let map_error = |source| MemoryError::Map { guest, source };
-    let stat = rustix::fs::fstat(&file).map_err(|e| map_error(e.into()))?;
+    let (map, sealed) = map_file(file, file_offset, len).map_err(|error| match error {
+        MapError::NotAFile => MemoryError::NotAFile(guest),
+        MapError::FileTooShort { needs, has } => MemoryError::FileTooShort { guest, needs, has },
+        MapError::Map(source) => MemoryError::Map { guest, source },
+    })?;
+    tracing::debug!(guest, size, sealed, "mapped guest memory");
+    Ok(Region { spec, sealed, map })
+}
+
+/// Checks a file and maps a part of it; whether it is sealed against shrinking.
+fn map_file(file: File, offset: u64, len: usize) -> Result<(Arc<MmapRegion>, bool), MapError> {
+    let stat = rustix::fs::fstat(&file).map_err(|e| MapError::Map(e.into()))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return Err(MemoryError::NotAFile(guest));
+        return Err(MapError::NotAFile);
     }
     let has = u64::try_from(stat.st_size).unwrap_or(0);
+    let needs = offset.saturating_add(len as u64);
     if needs > has {
-        return Err(MemoryError::FileTooShort { guest, needs, has });
+        return Err(MapError::FileTooShort { needs, has });
     }
     // Only memfds and tmpfs files know seals; anything else answers EINVAL, and can shrink.
     let sealed = rustix::fs::fcntl_get_seals(&file).is_ok_and(|s| s.contains(SealFlags::SHRINK));
-    tracing::debug!(guest, size, fd = file.as_raw_fd(), sealed, "mapping guest memory");
-    let mapping = MmapRegion::from_file(FileOffset::new(file, file_offset), len).map_err(|e| match e {
-        MmapRegionError::Mmap(source) => map_error(source),
-        other => map_error(io::Error::other(other.to_string())),
+    let map = MmapRegion::from_file(FileOffset::new(file, offset), len).map_err(|e| match e {
+        MmapRegionError::Mmap(source) => MapError::Map(source),
+        other => MapError::Map(io::Error::other(other.to_string())),
     })?;
-    Ok(Region { spec, sealed, map: Arc::new(mapping) })
+    Ok((Arc::new(map), sealed))
 }
 
 #[cfg(test)]

@@ -3,5 +3,6 @@
 //! [`request`] parses what a guest put into a ring, [`config`] answers its configuration space.
 //! Neither does I/O, keeps state or knows what a disk is; the write path calls both.
 
+pub mod chain;
 pub mod config;
 pub mod request;

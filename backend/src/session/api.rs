@@ -17,6 +17,7 @@ use std::sync::{Arc, Weak};
 
 use virtio_queue::Queue;
 
+use super::inflight::InflightQueue;
 use crate::memory::GuestMemory;
 
 /// Everything a ring needs to run, all of it checked.
@@ -40,6 +41,12 @@ pub struct RingParts {
     pub enabled: bool,
     /// The features that were negotiated.
     pub features: u64,
+    /// Where to note which requests are on their way, if the front end keeps such notes. `queue` then goes on behind
+    /// those of `resubmit`, whatever the front end said.
+    pub inflight: Option<InflightQueue>,
+    /// Heads of requests that an earlier process took and did not answer, in the order in which it took them. They are
+    /// noted in `inflight` already, and come before all new ones, once the ring is enabled or stopped.
+    pub resubmit: Vec<u16>,
     /// Ends this connection, for a ring that finds its front end beyond repair.
     pub hangup: Hangup,
 }

@@ -4,6 +4,7 @@ use std::io;
 
 use thiserror::Error;
 
+use super::inflight::InflightError;
 use crate::memory::MemoryError;
 
 /// A refused message.
@@ -33,6 +34,10 @@ pub(super) enum Refusal {
     Descriptor { index: u16, source: io::Error },
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    #[error("inflight region: {0}")]
+    Inflight(#[from] InflightError),
+    #[error("queue {index}: inflight region: {source}")]
+    Recover { index: u16, source: InflightError },
     #[error("{0} was not negotiated")]
     NotOffered(&'static str),
 }

@@ -20,6 +20,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::api::{Device, Hangup};
 use super::error::Refusal;
+use super::inflight::{self, Area};
 use super::ring::{Addresses, Context, Ring};
 use crate::memory::{MAX_REGIONS, MemoryTable, RegionSpec};
 
@@ -31,13 +32,15 @@ const PROTOCOL: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
-    .union(VhostUserProtocolFeatures::RESET_DEVICE);
+    .union(VhostUserProtocolFeatures::RESET_DEVICE)
+    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
 
 /// The state of one connection.
 pub(super) struct Handler {
     device: Arc<dyn Device>,
     hangup: Hangup,
     memory: MemoryTable,
+    inflight: Option<Area>,
     rings: Vec<Ring>,
     features: u64,
 }
@@ -45,7 +48,7 @@ pub(super) struct Handler {
 impl Handler {
     pub fn new(device: Arc<dyn Device>, hangup: Hangup) -> Self {
         let rings = (0..device.queues()).map(Ring::new).collect();
-        Self { device, hangup, memory: MemoryTable::default(), rings, features: 0 }
+        Self { device, hangup, memory: MemoryTable::default(), inflight: None, rings, features: 0 }
     }
 
     /// Stops all rings and waits for what they have in flight.
@@ -61,6 +64,7 @@ impl Handler {
         let ctx = Context {
             device: &*self.device,
             memory: &self.memory,
+            inflight: self.inflight.as_ref(),
             features: self.features,
             event_idx: self.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0,
             hangup: &self.hangup,
@@ -223,12 +227,20 @@ impl VhostUserBackendReqHandlerMut for Handler {
         not_offered("SHARED_OBJECT")
     }
 
-    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        not_offered("INFLIGHT_SHMFD")
+    fn get_inflight_fd(&mut self, wish: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        Ok(inflight::create(wish, self.device.queues()).map_err(Refusal::from)?)
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        not_offered("INFLIGHT_SHMFD")
+    /// A ring that runs goes on with the new region. A reset of the device leaves the region as it is: then nothing is
+    /// in flight in it.
+    fn set_inflight_fd(&mut self, told: &VhostUserInflight, file: File) -> Result<()> {
+        let area = Area::map(told, file, self.device.queues(), &self.memory).map_err(Refusal::from)?;
+        self.inflight = Some(area);
+        for index in 0..u32::from(self.device.queues()) {
+            let (ring, ctx) = self.ring(index)?;
+            ring.inflight_changed(&ctx)?;
+        }
+        Ok(())
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {

@@ -2,8 +2,8 @@
 //!
 //! [`listen`] makes the socket, [`serve`] runs one thread a disk that accepts and serves front ends
 //! one after the other, `handler` answers their messages, `ring` decides when a ring may run,
-//! [`api`] is what the write path implements. Built on `vhost`'s protocol layer alone, so that
-//! inflight tracking and migration logging can join it.
+//! [`api`] is what the write path implements. `inflight` keeps what a crash must not
+//! lose. Built on `vhost`'s protocol layer alone, so that migration logging can join it.
 //!
 //! Invariant: nothing a front end sends ends more than its own connection, and a connection is
 //! closed only after its rings have stopped: front ends read the used index when they see it close.
@@ -11,10 +11,12 @@
 pub mod api;
 mod error;
 mod handler;
+mod inflight;
 pub mod listen;
 mod ring;
 pub mod serve;
 
 pub use api::{Device, Hangup, RingParts, RunningRing};
+pub use inflight::InflightQueue;
 pub use listen::{Endpoint, ListenError};
 pub use serve::{Session, Stopper};

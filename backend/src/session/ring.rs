@@ -16,12 +16,14 @@ use vm_memory::GuestAddress;
 
 use super::api::{Device, Hangup, RingParts, RunningRing};
 use super::error::Refusal;
+use super::inflight::{Area, InflightQueue};
 use crate::memory::MemoryTable;
 
 /// What a ring needs of its connection.
 pub(super) struct Context<'a> {
     pub device: &'a dyn Device,
     pub memory: &'a MemoryTable,
+    pub inflight: Option<&'a Area>,
     pub features: u64,
     pub event_idx: bool,
     pub hangup: &'a Hangup,
@@ -146,6 +148,15 @@ impl Ring {
         }
     }
 
+    /// SET_INFLIGHT_FD: a ring that runs finishes what it has, so that nothing is missing in the new region.
+    pub fn inflight_changed(&mut self, ctx: &Context) -> Result<(), Refusal> {
+        if self.running.is_some() {
+            self.suspend();
+            self.start(ctx)?;
+        }
+        Ok(())
+    }
+
     /// RESET_DEVICE, or the end of the connection: as new.
     pub fn reset(&mut self) {
         self.suspend();
@@ -168,23 +179,49 @@ impl Ring {
         };
         let at = self.locate(addresses, size, ctx)?;
         let index = self.index;
+        let mut queue = self.queue(size, &at, ctx)?;
+        let (inflight, resubmit) = self.recover(&mut queue, ctx)?;
+        let next_avail = queue.next_avail();
         let parts = RingParts {
             index,
-            queue: self.queue(size, &at, ctx)?,
+            queue,
             memory: ctx.memory.memory(),
             memory_lost: ctx.memory.lost(),
             kick: self.dup(kick)?,
             call: self.share(&self.call)?,
             enabled: self.enabled,
             features: ctx.features,
+            inflight,
+            resubmit,
             hangup: ctx.hangup.clone(),
         };
         let next_used = parts.queue.next_used();
         let running = ctx.device.start(parts).map_err(|source| Refusal::Start { index, source })?;
         self.running = Some((at, running));
-        tracing::debug!(queue = index, size, next_avail = self.base, next_used, "ring started");
+        tracing::debug!(queue = index, size, next_avail, next_used, "ring started");
         self.signal_call();
         Ok(())
+    }
+
+    /// What an earlier process has left in the inflight region, and where the ring goes on behind it. SET_VRING_BASE does
+    /// not count then: the front end cannot know which requests were taken.
+    fn recover(&self, queue: &mut Queue, ctx: &Context) -> Result<(Option<InflightQueue>, Vec<u16>), Refusal> {
+        let index = self.index;
+        let Some(area) = ctx.inflight else { return Ok((None, Vec::new())) };
+        let Some(mut inflight) = area.queue(index) else {
+            tracing::warn!(queue = index, "the front end's inflight region has no room for this queue");
+            return Ok((None, Vec::new()));
+        };
+        let used = queue.next_used();
+        let left = inflight.recover(queue.size(), used).map_err(|source| Refusal::Recover { index, source })?;
+        let Some(left) = left else { return Ok((Some(inflight), Vec::new())) };
+        // At most as many as the ring has entries, which is at most 32768.
+        queue.set_next_avail(used.wrapping_add(left.len() as u16));
+        if !left.is_empty() {
+            let (next_avail, base) = (queue.next_avail(), self.base);
+            tracing::info!(queue = index, requests = left.len(), used, next_avail, base, "resubmitting after a crash");
+        }
+        Ok((Some(inflight), left))
     }
 
     /// Guest addresses of the ring, if each part lies inside one region.

@@ -1,5 +1,7 @@
 //! One virtqueue's thread: takes requests from the ring, admits changes, moves bytes, answers.
 //!
+//! What an earlier process has left unanswered comes first, found in the inflight region (see `session::inflight`).
+//!
 //! A round: take what has completed, what other threads said, what the guest made available; admit all changes of the
 //! round in one critical section; queue the operations; answer what is finished with one signal; then one system call
 //! submits everything and waits.
@@ -12,10 +14,11 @@ use super::inbox::{Inbox, Message};
 use super::served::Shared;
 use super::stage::{Outcome, Rules};
 use super::table::Table;
+use crate::device::chain::SavedChain;
 use crate::device::request::{self as device, Bounds, Kind, Parsed, StatusPlace};
 use crate::disk::{Completion, Engine};
 use crate::memory::{GuestMemory, MemorySnapshot};
-use crate::session::{Hangup, RingParts};
+use crate::session::{Hangup, InflightQueue, RingParts};
 use blkmark_bitmap::tracker::Admitted;
 use blkmark_bitmap::{ByteRange, Gate, Lane, Verdict};
 use std::io;
@@ -24,8 +27,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
+use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestAddressSpace;
+use vm_memory::{GuestAddress, GuestAddressSpace};
 
 const KICK: u64 = u64::MAX;
 const INBOX: u64 = u64::MAX - 1;
@@ -39,6 +43,10 @@ pub(super) struct QueueThread {
     index: usize,
     table: Table,
     ring: Queue,
+    /// What the front end keeps for the process after this one: every chain that is taken is noted there until it is answered.
+    inflight: Option<InflightQueue>,
+    /// Heads that the process before has left; the last one comes first.
+    resubmit: Vec<u16>,
     memory: GuestMemory,
     memory_lost: Arc<AtomicBool>,
     /// The snapshot that new requests get, renewed when the front end changes its memory.
@@ -70,6 +78,8 @@ impl QueueThread {
             memory_alignment: shared.disk.memory_alignment(),
             write_through: parts.features & (1 << VIRTIO_BLK_F_FLUSH) == 0,
         };
+        let mut resubmit = parts.resubmit;
+        resubmit.reverse();
         Ok(Self {
             rules,
             bounds: shared.bounds,
@@ -78,6 +88,8 @@ impl QueueThread {
             index: usize::from(parts.index),
             table: Table::new(places),
             ring: parts.queue,
+            inflight: parts.inflight,
+            resubmit,
             snapshot,
             memory: parts.memory,
             memory_lost: parts.memory_lost,
@@ -104,8 +116,11 @@ impl QueueThread {
                 // Only the ring onto the disk can fail here, and without it nothing more can be done or waited for.
                 self.hangup.hang_up(&format_args!("queue thread of '{}': {error}", self.shared.id));
                 let next_avail = self.ring.next_avail();
-                // The kernel may still be at work on memory that the table keeps.
-                std::mem::forget(std::mem::replace(&mut self.table, Table::new(0)));
+                if self.table.in_flight() > 0 {
+                    // The kernel may still be at work on memory that the table keeps, and nobody will hear when it is done:
+                    // nothing of this queue may be submitted again in this process. Without its lane it does not start.
+                    std::mem::forget(self);
+                }
                 next_avail
             }
         }
@@ -121,7 +136,8 @@ impl QueueThread {
             self.look_after_memory();
             self.admit();
             self.queue_operations()?;
-            if self.stopping && self.table.in_flight() == 0 {
+            let left_over = !self.resubmit.is_empty() && !self.broken;
+            if self.stopping && self.table.in_flight() == 0 && !left_over {
                 self.signal();
                 return Ok(());
             }
@@ -165,9 +181,11 @@ impl QueueThread {
         self.enabled && !self.stopping && !self.broken
     }
 
-    /// Takes all that is available and has a place, and asks for a kick when more comes.
+    /// Takes what an earlier process has left, then all that is available, as far as there are places.
     fn take_requests(&mut self) {
-        if !self.takes_requests() {
+        // What was taken once is in flight, and finishes also on a ring that is stopped.
+        let left_over = !self.resubmit.is_empty() && !self.broken && (self.enabled || self.stopping);
+        if !left_over && !self.takes_requests() {
             return;
         }
         let fresh = self.memory.memory();
@@ -175,12 +193,29 @@ impl QueueThread {
             self.snapshot = Rc::new(fresh);
         }
         let snapshot = Rc::clone(&self.snapshot);
+        if left_over {
+            self.take_left_over(&snapshot);
+        }
+        if !self.takes_requests() {
+            return;
+        }
         if let Err(error) = self.take_all(&snapshot) {
             self.broken = true;
             self.hangup.hang_up(&format_args!("'{}': the guest's ring makes no sense: {error}", self.shared.id));
         }
     }
 
+    #[cold]
+    fn take_left_over(&mut self, snapshot: &Rc<MemorySnapshot>) {
+        while let Some(place) = self.table.free() {
+            let Some(head) = self.resubmit.pop() else { return };
+            let table = GuestAddress(self.ring.desc_table());
+            let chain = SavedChain::new(snapshot, table, self.ring.size(), head);
+            self.take_chain(place, head, chain, snapshot);
+        }
+    }
+
+    /// Takes all that is available and has a place, and asks for a kick when more comes.
     fn take_all(&mut self, snapshot: &Rc<MemorySnapshot>) -> Result<(), virtio_queue::Error> {
         let memory = &***snapshot;
         loop {
@@ -189,27 +224,41 @@ impl QueueThread {
                 // One chain at a time, since an answer without I/O needs the ring; the look at the index is one load.
                 let Some(chain) = self.ring.iter(memory)?.next() else { break };
                 let head = chain.head_index();
-                let place = self.table.place(index);
-                match device::parse(chain, memory, &self.bounds, &mut place.iovecs) {
-                    Parsed::Request(request) => {
-                        place.head = head;
-                        place.memory = Some(Rc::clone(snapshot));
-                        let kind = request.kind;
-                        place.request = Some(request);
-                        self.table.take();
-                        self.route(index, kind);
-                    }
-                    Parsed::Answer { status, code, used_len } => {
-                        // SAFETY: `snapshot` is what `parse` was given, and it is alive.
-                        unsafe { status.write(code) };
-                        self.answer(snapshot, head, used_len);
-                    }
-                    Parsed::Broken => self.answer(snapshot, head, 0),
+                if let Some(inflight) = &mut self.inflight {
+                    inflight.begin(head);
                 }
+                self.take_chain(index, head, chain, snapshot);
             }
             if self.table.free().is_none() || !self.ring.enable_notification(memory)? {
                 return Ok(());
             }
+        }
+    }
+
+    /// One chain into the place that [`Table::free`] named, or an answer at once.
+    fn take_chain(
+        &mut self,
+        index: usize,
+        head: u16,
+        chain: impl Iterator<Item = Descriptor>,
+        snapshot: &Rc<MemorySnapshot>,
+    ) {
+        let place = self.table.place(index);
+        match device::parse(chain, snapshot, &self.bounds, &mut place.iovecs) {
+            Parsed::Request(request) => {
+                place.head = head;
+                place.memory = Some(Rc::clone(snapshot));
+                let kind = request.kind;
+                place.request = Some(request);
+                self.table.take();
+                self.route(index, kind);
+            }
+            Parsed::Answer { status, code, used_len } => {
+                // SAFETY: `snapshot` is what `parse` was given, and it is alive.
+                unsafe { status.write(code) };
+                self.answer(snapshot, head, used_len);
+            }
+            Parsed::Broken => self.answer(snapshot, head, 0),
         }
     }
 
@@ -355,10 +404,22 @@ impl QueueThread {
         self.table.release(index);
     }
 
+    /// Puts a chain into the used ring. The ring shows it to the guest at once, so each is a batch of its own in the
+    /// inflight region.
     fn answer(&mut self, snapshot: &MemorySnapshot, head: u16, used_len: u32) {
-        if let Err(error) = self.ring.add_used(&**snapshot, head, used_len) {
-            self.broken = true;
-            self.hangup.hang_up(&format_args!("'{}': cannot answer into the guest's ring: {error}", self.shared.id));
+        if let Some(inflight) = &mut self.inflight {
+            inflight.finishing(head);
+        }
+        match self.ring.add_used(&**snapshot, head, used_len) {
+            Ok(()) => {
+                if let Some(inflight) = &mut self.inflight {
+                    inflight.finished(&[head], self.ring.next_used());
+                }
+            }
+            Err(error) => {
+                self.broken = true;
+                self.hangup.hang_up(&format_args!("'{}': cannot answer into the guest's ring: {error}", self.shared.id));
+            }
         }
         self.answered = true;
     }
