@@ -86,10 +86,12 @@ mod tests {
     const ELSEWHERE: u64 = 0x4000;
 
     fn descriptor() -> impl Strategy<Value = [u8; 16]> {
-        let address = prop_oneof![8 => (0u64..4).prop_map(|n| ELSEWHERE + 128 * n), 1 => Just(u64::MAX - 7), 1 => any::<u64>()];
+        let address =
+            prop_oneof![8 => (0u64..4).prop_map(|n| ELSEWHERE + 128 * n), 1 => Just(u64::MAX - 7), 1 => any::<u64>()];
         let len = prop_oneof![8 => (0u32..9).prop_map(|n| 16 * n), 1 => 0u32..200, 1 => any::<u32>()];
         // NEXT 1, WRITE 2, INDIRECT 4.
-        let flags = prop_oneof![6 => Just(1u16), 2 => Just(3), 1 => Just(0), 2 => Just(4), 1 => Just(5), 1 => any::<u16>()];
+        let flags =
+            prop_oneof![6 => Just(1u16), 2 => Just(3), 1 => Just(0), 2 => Just(4), 1 => Just(5), 1 => any::<u16>()];
         let next = prop_oneof![8 => 0u16..ENTRIES, 1 => any::<u16>()];
         (address, len, flags, next).prop_map(|(address, len, flags, next)| {
             let mut bytes = [0; 16];

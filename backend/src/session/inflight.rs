@@ -3,7 +3,7 @@
 //!
 //! The handler answers GET_INFLIGHT_FD with [`create`] and SET_INFLIGHT_FD with [`Area::map`]; [`super::ring`] takes a
 //! queue's part of it at each start ([`Area::queue`], [`InflightQueue::recover`]) and hands it to the device, whose queue
-//! thread keeps the notes ([`InflightQueue::begin`], [`InflightQueue::finishing`], [`InflightQueue::finished`]).
+//! thread keeps the notes ([`InflightQueue::begin`], [`InflightQueue::answer`]).
 //! Layout and order of the stores are the vhost-user specification's ("Inflight I/O tracking", split virtqueues), so that a
 //! region may also come from another back end, or go to one.
 //!
@@ -20,7 +20,7 @@
 //!
 //! # What is not covered
 //!
-//! A front end that does not negotiate it (Firecracker, QEMU before 5.1 and others) says at a reconnect where to go on. At the used
+//! A front end that does not negotiate it (Firecracker, old versions of others) says at a reconnect where to go on. At the used
 //! index: the ring's entries from there on are carried out again, which is right unless requests ended out of order; then
 //! some are done twice and others never. At the available index: what was in flight is never answered.
 //! The region lies in the front end's memory: it dies with the front end or the host, as the guest does.

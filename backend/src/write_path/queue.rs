@@ -407,19 +407,15 @@ impl QueueThread {
     /// Puts a chain into the used ring. The ring shows it to the guest at once, so each is a batch of its own in the
     /// inflight region.
     fn answer(&mut self, snapshot: &MemorySnapshot, head: u16, used_len: u32) {
-        if let Some(inflight) = &mut self.inflight {
-            inflight.finishing(head);
-        }
-        match self.ring.add_used(&**snapshot, head, used_len) {
-            Ok(()) => {
-                if let Some(inflight) = &mut self.inflight {
-                    inflight.finished(&[head], self.ring.next_used());
-                }
-            }
-            Err(error) => {
-                self.broken = true;
-                self.hangup.hang_up(&format_args!("'{}': cannot answer into the guest's ring: {error}", self.shared.id));
-            }
+        let ring = &mut self.ring;
+        let mut show = || ring.add_used(&**snapshot, head, used_len).map(|()| ring.next_used());
+        let shown = match &mut self.inflight {
+            Some(inflight) => inflight.answer(&[head], show),
+            None => show(),
+        };
+        if let Err(error) = shown {
+            self.broken = true;
+            self.hangup.hang_up(&format_args!("'{}': cannot answer into the guest's ring: {error}", self.shared.id));
         }
         self.answered = true;
     }

@@ -70,24 +70,27 @@ impl InflightQueue {
         }
     }
 
-    /// The request is about to be put into the used ring, as one of the batch that the next store of the ring's index
-    /// shows to the guest.
-    pub fn finishing(&mut self, head: u16) {
-        if let Some(entry) = self.entry(head) {
-            self.store_u16(entry + NEXT, self.last_batch_head);
-            self.store_u16(self.at + LAST_BATCH_HEAD, head);
-            self.last_batch_head = head;
+    /// Answers a batch: `show` puts all of it into the used ring with one store of the ring's index, and tells the new
+    /// index. That it happens between the list and the marks is what makes the batch found after a crash.
+    ///
+    /// # Errors
+    /// Those of `show`; the batch then counts as not shown.
+    pub fn answer<E>(&mut self, batch: &[u16], show: impl FnOnce() -> Result<u16, E>) -> Result<u16, E> {
+        for head in batch {
+            if let Some(entry) = self.entry(*head) {
+                self.store_u16(entry + NEXT, self.last_batch_head);
+                self.store_u16(self.at + LAST_BATCH_HEAD, *head);
+                self.last_batch_head = *head;
+            }
         }
-    }
-
-    /// The used ring's index was moved to `used_idx`, and with it these requests, the last batch, went to the guest.
-    pub fn finished(&mut self, batch: &[u16], used_idx: u16) {
+        let used_idx = show()?;
         for head in batch {
             if let Some(entry) = self.entry(*head) {
                 self.store_u8(entry + INFLIGHT, 0);
             }
         }
         self.store_u16(self.at + USED_IDX, used_idx);
+        Ok(used_idx)
     }
 
     /// At the start of a ring of `size` entries whose used index is `ring_used`: the heads that an earlier process took and

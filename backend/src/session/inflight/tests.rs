@@ -110,18 +110,18 @@ impl Scene {
                 batch.push(waiting.remove(pick % waiting.len()));
             }
         }
-        for head in &batch {
-            process.queue.finishing(*head);
-        }
         let next_used = self.used.wrapping_add(batch.len() as u16);
-        // The one store that counts for the guest.
-        if !process.fuse.is_blown() {
-            self.used = next_used;
-            self.in_flight = waiting;
-            // Only another request tells the heads apart: the guest uses them again at once.
-            self.free.extend(&batch);
-        }
-        process.queue.finished(&batch, next_used);
+        let shown = process.queue.answer(&batch, || {
+            // The one store that counts for the guest.
+            if !process.fuse.is_blown() {
+                self.used = next_used;
+                self.in_flight = waiting;
+                // The guest may use the heads again at once.
+                self.free.extend(&batch);
+            }
+            Ok::<_, ()>(next_used)
+        });
+        assert_eq!(shown, Ok(next_used));
     }
 }
 
@@ -206,8 +206,7 @@ proptest! {
         // Heads come from the guest's ring.
         for head in [0, size, entries, u16::MAX, seed as u16] {
             queue.begin(head);
-            queue.finishing(head);
-            queue.finished(&[head], ring_used);
+            let _ = queue.answer(&[head], || Ok::<_, ()>(ring_used));
         }
         let mut after = vec![0; bytes.len()];
         file.read_exact_at(&mut after, 0).unwrap();
@@ -255,9 +254,7 @@ fn the_layout_is_the_specifications() {
     queue.begin(3);
     queue.begin(1);
     queue.begin(2);
-    queue.finishing(1);
-    queue.finishing(2);
-    queue.finished(&[1, 2], 9);
+    assert_eq!(queue.answer(&[1, 2], || Ok::<_, ()>(9)), Ok(9));
     // 16 bytes of header and 5 entries, up to the next 64.
     assert_eq!(super::stride(5), 128);
     let mut bytes = [0; 128];
@@ -273,6 +270,17 @@ fn the_layout_is_the_specifications() {
         (bytes[at], u16_at(at + 6), u64::from_ne_bytes(bytes[at + 8..at + 16].try_into().unwrap()))
     };
     assert_eq!([entry(1), entry(2), entry(3)], [(0, 0, 1), (0, 1, 2), (1, 0, 0)], "inflight, next, counter");
+}
+
+/// What could not be shown to the guest is in flight still.
+#[test]
+fn an_answer_that_fails_is_none() {
+    let (area, _) = area(1, 8);
+    let mut queue = area.queue(0).unwrap();
+    assert!(queue.recover(8, 0).unwrap().is_none());
+    queue.begin(3);
+    assert_eq!(queue.answer(&[3], || Err::<u16, _>("no")), Err("no"));
+    assert_eq!(area.queue(0).unwrap().recover(8, 0).unwrap(), Some(vec![3]));
 }
 
 #[test]
@@ -305,8 +313,7 @@ fn with_nothing_in_flight_the_ring_says_where_to_go_on() {
     assert!(queue.recover(8, 0).unwrap().is_none());
     for used in 1..=1000 {
         queue.begin(used % 8);
-        queue.finishing(used % 8);
-        queue.finished(&[used % 8], used);
+        assert_eq!(queue.answer(&[used % 8], || Ok::<_, ()>(used)), Ok(used));
     }
     assert_eq!(area.queue(0).unwrap().recover(8, 0).unwrap(), Some(vec![]));
     assert_eq!(area.queue(0).unwrap().recover(8, 0).unwrap(), Some(vec![]));
