@@ -161,6 +161,19 @@ impl Bits {
         })
     }
 
+    /// Whether the bit of byte `offset` is set, and where the run of bits like it ends: at the end of the disk at the latest.
+    /// `None` past the end.
+    pub fn run_at(&self, offset: u64) -> Option<(bool, u64)> {
+        if offset >= self.size {
+            return None;
+        }
+        let bit = offset / self.granularity.bytes();
+        let dirty = self.next(bit, true);
+        let set = dirty == Some(bit);
+        let next = if set { self.next(bit, false) } else { dirty };
+        Some((set, next.map_or(self.size, |next| next * self.granularity.bytes())))
+    }
+
     /// SHA-256 in hex over the bits as 64-bit words: for little-endian hosts the value that QEMU's
     /// `x-debug-block-dirty-bitmap-sha256` gives for the same bits.
     pub fn sha256(&self) -> String {

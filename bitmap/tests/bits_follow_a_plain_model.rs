@@ -66,6 +66,22 @@ proptest! {
     }
 
     #[test]
+    fn runs_asked_for_one_after_another_cover_the_disk((size, g, _) in disk(), ranges in ranges()) {
+        let mut bits = Bits::new(g, size);
+        ranges.iter().for_each(|range| bits.set(*range));
+        let (mut at, mut dirty, mut last) = (0, Vec::new(), None);
+        while let Some((set, end)) = bits.run_at(at) {
+            prop_assert!(end > at && end <= size && last != Some(set));
+            if set {
+                dirty.push(ByteRange::between(at, end));
+            }
+            (at, last) = (end, Some(set));
+        }
+        prop_assert_eq!(at, size);
+        prop_assert_eq!(dirty, bits.runs().collect::<Vec<_>>());
+    }
+
+    #[test]
     fn any_and_all_agree_with_the_model((size, g, _) in disk(), ranges in ranges(), asked in ranges()) {
         let mut bits = Bits::new(g, size);
         let live = LiveMap::new(g, size);

@@ -146,6 +146,9 @@ pub fn disk_option(disk: &Disk) -> String {
     if disk.readonly {
         option.push_str(",readonly=on");
     }
+    if let Some(direct) = disk.direct {
+        option.push_str(if direct { ",direct=on" } else { ",direct=off" });
+    }
     option
 }
 

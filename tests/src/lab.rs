@@ -33,6 +33,8 @@ pub struct Disk {
     pub queues: u16,
     /// Served without write access.
     pub readonly: bool,
+    /// Served past the host's page cache or through it, if it matters.
+    pub direct: Option<bool>,
 }
 
 impl Lab {
@@ -58,7 +60,14 @@ impl Lab {
         let path = self.path(&format!("{id}.raw"));
         let file = File::create_new(&path).with_context(|| format!("cannot create {}", path.display()))?;
         file.set_len(bytes)?;
-        Ok(Disk { id: id.to_owned(), path, socket: self.path(&format!("{id}.sock")), queues: 1, readonly: false })
+        Ok(Disk {
+            id: id.to_owned(),
+            path,
+            socket: self.path(&format!("{id}.sock")),
+            queues: 1,
+            readonly: false,
+            direct: None,
+        })
     }
 
     /// A disk of `bytes` filled with a pattern that differs in every sector.
@@ -106,6 +115,12 @@ impl Disk {
     /// The same disk with another number of queues.
     pub fn with_queues(mut self, queues: u16) -> Disk {
         self.queues = queues;
+        self
+    }
+
+    /// The same disk, past the host's page cache or through it.
+    pub fn with_direct(mut self, direct: bool) -> Disk {
+        self.direct = Some(direct);
         self
     }
 

@@ -20,6 +20,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("modprobe", "kmod"),
     ("ldd", "libc-bin"),
     ("mount", "mount"),
+    ("losetup", "mount"),
     ("setpriv", "util-linux"),
 ];
 

@@ -1,5 +1,6 @@
 //! The words of the command line, as `--help` shows them.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -33,7 +34,21 @@ pub struct Cli {
     pub command: Option<Command>,
 }
 
+/// The options of QEMU's convention for back ends, which come without a command.
+const CONVENTION: &[&str] = &["--blk-file", "--socket-path", "--fd", "--read-only"];
+
 impl Cli {
+    /// Reads the command line of this process. Management layers start a back end by the options of QEMU's convention
+    /// alone (`docs/interop/vhost-user.rst`), which means `serve`.
+    pub fn from_words(words: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let mut words: Vec<OsString> = words.into_iter().collect();
+        let first = words.get(1).map(|word| word.to_string_lossy().into_owned()).unwrap_or_default();
+        if CONVENTION.contains(&first.split('=').next().unwrap_or_default()) {
+            words.insert(1, "serve".into());
+        }
+        Self::try_parse_from(words)
+    }
+
     /// The control socket that a client command talks to.
     pub fn control_path(&self) -> PathBuf {
         let named = || std::env::var_os(CONTROL_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from);

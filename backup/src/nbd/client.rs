@@ -49,7 +49,7 @@ impl Default for ClientSettings {
 
 /// What the server said of the export, checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Export {
+pub struct ExportInfo {
     /// Bytes; a multiple of `min_block`.
     pub size: u64,
     /// Of [`super::protocol::export_flag`].
@@ -64,7 +64,7 @@ pub struct Export {
     pub structured: bool,
 }
 
-impl Export {
+impl ExportInfo {
     /// Whether it has this flag of [`super::protocol::export_flag`].
     pub fn can(&self, flag: u16) -> bool {
         self.flags & flag != 0
@@ -143,7 +143,7 @@ struct Shared {
 /// A connection in its transmission phase.
 pub struct Client {
     shared: Arc<Shared>,
-    export: Export,
+    export: ExportInfo,
     request_time: Duration,
     reader: Option<JoinHandle<()>>,
 }
@@ -208,7 +208,7 @@ impl Client {
     }
 
     /// What the server said of the export.
-    pub fn export(&self) -> &Export {
+    pub fn export(&self) -> &ExportInfo {
         &self.export
     }
 

@@ -3,7 +3,7 @@
 //! Called by `client`. Fixed newstyle with `GO`; servers that know only `EXPORT_NAME` are taken too. Invariant: what the
 //! server says of the export was checked for sense before anybody relies on it.
 
-use super::client::{ClientError, Export};
+use super::client::{ClientError, ExportInfo};
 use super::protocol::{
     INIT_MAGIC, MIN_BLOCK_MAX, OLDSTYLE_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, PAYLOAD_MAX, export_flag,
     handshake_flag, info, option, reply, shown,
@@ -31,7 +31,7 @@ fn broken(text: impl Into<String>) -> ClientError {
 }
 
 /// Takes the export `name` over a connection that was just made.
-pub(super) fn negotiate(stream: impl Read + Write, name: &str) -> Result<Export, ClientError> {
+pub(super) fn negotiate(stream: impl Read + Write, name: &str) -> Result<ExportInfo, ClientError> {
     let mut handshake = Handshake { stream };
     if handshake.u64()? != INIT_MAGIC {
         return Err(broken("the server does not speak NBD"));
@@ -118,7 +118,7 @@ impl<S: Read + Write> Handshake<S> {
     }
 
     /// `None`: the server does not know the option.
-    fn go(&mut self, name: &str, structured: bool) -> Result<Option<Export>, ClientError> {
+    fn go(&mut self, name: &str, structured: bool) -> Result<Option<ExportInfo>, ClientError> {
         let mut data = Vec::with_capacity(name.len() + 8);
         data.extend_from_slice(&(name.len() as u32).to_be_bytes());
         data.extend_from_slice(name.as_bytes());
@@ -148,10 +148,10 @@ impl<S: Read + Write> Handshake<S> {
         }
         let (size, flags) = about.ok_or_else(|| broken("the server does not tell the export's size"))?;
         let (min_block, preferred_block, max_payload) = sizes.unwrap_or((1, 4096, PAYLOAD_MAX));
-        checked(Export { size, flags, min_block, preferred_block, max_payload, structured }).map(Some)
+        checked(ExportInfo { size, flags, min_block, preferred_block, max_payload, structured }).map(Some)
     }
 
-    fn export_name(&mut self, name: &str, padded: bool, structured: bool) -> Result<Export, ClientError> {
+    fn export_name(&mut self, name: &str, padded: bool, structured: bool) -> Result<ExportInfo, ClientError> {
         self.ask(option::EXPORT_NAME, name.as_bytes())?;
         // This option has no other way to fail than a closed connection.
         let size = match self.u64() {
@@ -165,12 +165,12 @@ impl<S: Read + Write> Handshake<S> {
             self.bytes::<PADDING>()?;
         }
         // Servers that say nothing on block sizes take everything, but some want whole sectors.
-        checked(Export { size, flags, min_block: 512, preferred_block: 4096, max_payload: PAYLOAD_MAX, structured })
+        checked(ExportInfo { size, flags, min_block: 512, preferred_block: 4096, max_payload: PAYLOAD_MAX, structured })
     }
 }
 
-fn checked(export: Export) -> Result<Export, ClientError> {
-    let Export { size, flags, min_block, preferred_block, max_payload, .. } = export;
+fn checked(export: ExportInfo) -> Result<ExportInfo, ClientError> {
+    let ExportInfo { size, flags, min_block, preferred_block, max_payload, .. } = export;
     if flags & export_flag::HAS_FLAGS == 0 {
         return Err(broken("the export's flags make no sense"));
     }
@@ -185,7 +185,7 @@ fn checked(export: Export) -> Result<Export, ClientError> {
     }
     // A longer payload is of no use, and a piece must be whole blocks.
     let max_payload = max_payload.min(PAYLOAD_MAX) / min_block * min_block;
-    Ok(Export { max_payload, ..export })
+    Ok(ExportInfo { max_payload, ..export })
 }
 
 fn refused(reply: &Reply) -> ClientError {

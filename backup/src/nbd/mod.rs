@@ -1,18 +1,31 @@
-//! Network block devices: a client that backups are pushed through, written from the protocol document of the NBD project
-//! (`doc/proto.md`, with its extension of extended headers).
+//! Network block devices: a client that backups are pushed through and a server that they are pulled from, written from the
+//! protocol document of the NBD project (`doc/proto.md`, with its extension of extended headers).
 //!
-//! Nothing here knows of bitmaps, jobs or commands. Rooms: `protocol` (numbers and errors of the wire), `address` (sockets and time
-//! limits), `handshake` and `client` (the client's side), `target` (an export that a backup is written into).
+//! Nothing here knows of jobs or commands. Rooms: `protocol` (numbers and errors of the wire), `address` (sockets and time
+//! limits); `handshake` and `client` (the client's side), `target` (an export that a backup is written into); `export` (what can
+//! be exported), `negotiate`, `transmission` and `link` (the server's side of one connection), `tls`, `server` (all
+//! connections), `exports` (what blkmark exports).
 //!
 //! Invariants: whatever the other side sends, or does not send, ends at worst its own connection, with an error that
 //! says why; nothing is allocated for a length that was not checked.
 
 pub mod address;
 pub mod client;
+pub mod export;
+pub mod exports;
 mod handshake;
+mod link;
+mod negotiate;
 pub mod protocol;
+pub mod server;
 pub mod target;
+pub mod tls;
+mod transmission;
 
 pub use address::Address;
-pub use client::{Client, ClientError, ClientSettings, Export};
+pub use client::{Client, ClientError, ClientSettings, ExportInfo};
+pub use export::{Export, Extent};
+pub use exports::{BitmapExportError, SourceExport};
+pub use server::{ExportError, NbdServer, Removal, ServerError, ServerSettings};
 pub use target::NbdTarget;
+pub use tls::{TlsCredentials, TlsError};

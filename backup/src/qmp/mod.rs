@@ -16,7 +16,7 @@ mod outbox;
 pub mod parser;
 pub mod server;
 mod session;
-mod socket;
+pub(crate) mod socket;
 pub mod wire;
 
 pub use arguments::Arguments;

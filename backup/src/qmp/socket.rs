@@ -1,6 +1,6 @@
 //! The control socket in the file system: who may reach it, and what is done about one that is already there.
 //!
-//! Called by [`super::server`]. Whoever can connect owns the daemon's disks, so the socket is mode 0600 from its first
+//! Called by [`super::server`], and for NBD's socket by [`crate::nbd::server`]. Whoever can connect owns the daemon's disks, so the socket is mode 0600 from its first
 //! moment, and its directory must not let others swap it. A socket that a dead daemon left is replaced, a live one
 //! never: both are decided under a lock on the directory, so that two daemons that start at once do not both win.
 
@@ -65,15 +65,15 @@ pub enum BindError {
 
 /// A listening socket, and the name by which it is reached.
 #[derive(Debug)]
-pub(super) struct ControlSocket {
-    pub(super) listener: UnixListener,
+pub(crate) struct ControlSocket {
+    pub(crate) listener: UnixListener,
     path: PathBuf,
     identity: (u64, u64),
 }
 
 impl ControlSocket {
     /// Binds and listens.
-    pub(super) fn bind(path: &Path) -> Result<ControlSocket, BindError> {
+    pub(crate) fn bind(path: &Path) -> Result<ControlSocket, BindError> {
         let fail = |error: io::Error| BindError::Listen { path: path.to_owned(), error };
         let address = SocketAddrUnix::new(path)
             .map_err(|error| BindError::Path { path: path.to_owned(), error: error.into() })?;
