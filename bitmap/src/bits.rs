@@ -115,10 +115,9 @@ impl Bits {
     }
 
     /// Adds every bit of `other`, whatever its granularity: a bit here is set if any byte of it is dirty there.
-    /// The disks must have the same size; `tracker` checks that before it calls.
+    /// What lies past the end of this disk is ignored: `other` may be of before a resize.
     pub fn union(&mut self, other: &Bits) {
-        debug_assert_eq!(self.size, other.size);
-        if self.granularity == other.granularity {
+        if self.granularity == other.granularity && self.size == other.size {
             for (word, add) in self.words.iter_mut().zip(&other.words) {
                 // Test first: an untouched page of a sparse map stays untouched.
                 if *add != 0 {

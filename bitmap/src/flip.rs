@@ -10,7 +10,7 @@ use crate::gate::Gate;
 use crate::inflight::PreCut;
 use crate::live::LiveMap;
 use crate::named::{DirtySet, Draft, Frozen};
-use crate::sync::{MutexGuard, lock};
+use crate::sync::{MutexGuard, Ordering, lock};
 use crate::tracker::{Control, Hot, Tracker};
 use std::sync::Arc;
 
@@ -69,9 +69,14 @@ impl Commit<'_> {
         self.disarm.push(gate);
     }
 
+    /// Whether a gate is armed: a point in time of this disk is kept.
+    pub fn is_gated(&self) -> bool {
+        !self.control.gates.is_empty()
+    }
+
     fn next(&self) -> Option<Arc<LiveMap>> {
         let granularity = self.draft.recording_granularity()?;
-        Some(Arc::new(LiveMap::new(granularity, self.tracker.size())))
+        Some(Arc::new(LiveMap::new(granularity, self.draft.size())))
     }
 
     fn next_gates(&self) -> Vec<Arc<dyn Gate>> {
@@ -104,6 +109,7 @@ pub fn commit(commits: Vec<Commit<'_>>) -> Result<Vec<Cut>, NotQuiescent> {
     for (i, held) in held.iter_mut().enumerate() {
         held.with(|hot| {
             hot.live.clone_from(&next[i]);
+            hot.size = commits[i].draft.size();
             std::mem::swap(&mut hot.gates, &mut swap[i]);
             commits[i].tracker.lanes.cut(&mut room[i], |range| {
                 if let Some(next) = &next[i] {
@@ -120,6 +126,7 @@ pub fn commit(commits: Vec<Commit<'_>>) -> Result<Vec<Cut>, NotQuiescent> {
         let closed = std::mem::replace(&mut commit.control.live, next);
         commit.control.generation += 1;
         commit.control.gates = gates;
+        commit.tracker.size.store(commit.draft.size(), Ordering::Release);
         commit.draft.settle(closed.as_ref());
         commit.control.bitmaps = commit.draft;
     }

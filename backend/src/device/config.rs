@@ -77,6 +77,13 @@ impl ConfigSpace {
         Self { bytes, features: features(g.queues, g.read_only) }
     }
 
+    /// The same disk with another size.
+    pub fn with_capacity(&self, bytes: u64) -> Self {
+        let mut space = self.clone();
+        space.bytes[..8].copy_from_slice(&(bytes / SECTOR).to_le_bytes());
+        space
+    }
+
     /// `size` bytes from `offset` on, zero where there is nothing: exactly `size` bytes.
     pub fn read(&self, offset: u32, size: u32) -> Vec<u8> {
         let mut out = vec![0; size as usize];

@@ -12,9 +12,11 @@ pub mod api;
 mod error;
 mod handler;
 pub mod listen;
+mod notices;
 mod ring;
 pub mod serve;
 
 pub use api::{Device, Hangup, RingParts, RunningRing};
 pub use listen::{Endpoint, ListenError};
+pub use notices::Notices;
 pub use serve::{Session, Stopper};

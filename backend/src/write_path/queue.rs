@@ -12,7 +12,7 @@ use super::inbox::{Inbox, Message};
 use super::served::Shared;
 use super::stage::{Outcome, Rules};
 use super::table::Table;
-use crate::device::request::{self as device, Bounds, Kind, Parsed, StatusPlace};
+use crate::device::request::{self as device, Kind, Parsed, StatusPlace};
 use crate::disk::{Completion, Engine};
 use crate::memory::{GuestMemory, MemorySnapshot};
 use crate::session::{Hangup, RingParts};
@@ -46,7 +46,6 @@ pub(super) struct QueueThread {
     kick: OwnedFd,
     call: Option<OwnedFd>,
     hangup: Hangup,
-    bounds: Bounds,
     rules: Rules,
     enabled: bool,
     stopping: bool,
@@ -72,7 +71,6 @@ impl QueueThread {
         };
         Ok(Self {
             rules,
-            bounds: shared.bounds,
             engine,
             lane,
             index: usize::from(parts.index),
@@ -183,6 +181,7 @@ impl QueueThread {
 
     fn take_all(&mut self, snapshot: &Rc<MemorySnapshot>) -> Result<(), virtio_queue::Error> {
         let memory = &***snapshot;
+        let bounds = self.shared.bounds();
         loop {
             self.ring.disable_notification(memory)?;
             while let Some(index) = self.table.free() {
@@ -190,7 +189,7 @@ impl QueueThread {
                 let Some(chain) = self.ring.iter(memory)?.next() else { break };
                 let head = chain.head_index();
                 let place = self.table.place(index);
-                match device::parse(chain, memory, &self.bounds, &mut place.iovecs) {
+                match device::parse(chain, memory, &bounds, &mut place.iovecs) {
                     Parsed::Request(request) => {
                         place.head = head;
                         place.memory = Some(Rc::clone(snapshot));
@@ -236,6 +235,7 @@ impl QueueThread {
             return;
         }
         let mut held: Vec<(usize, ByteRange, Arc<dyn Gate>)> = Vec::new();
+        let mut beyond: Vec<usize> = Vec::new();
         let passage = self.lane.enter();
         for &index in &self.changes {
             let place = self.table.place(index);
@@ -247,10 +247,14 @@ impl QueueThread {
                     self.ready.push(index);
                 }
                 Admitted::Held(gate) => held.push((index, range, gate)),
+                Admitted::Beyond => beyond.push(index),
             }
         }
         drop(passage);
         self.changes.clear();
+        for index in beyond {
+            self.finish(index, device::IOERR);
+        }
         for (index, range, gate) in held {
             let inbox = Arc::clone(&self.inbox);
             gate.hold(range, Box::new(move |verdict| inbox.send(Message::Decided(index, verdict))));

@@ -109,6 +109,7 @@ impl Disk {
             let admitted = lane.enter().admit(0, range);
             match admitted {
                 Admitted::Go => break,
+                Admitted::Beyond => panic!("a write beyond the end"),
                 Admitted::Held(gate) => {
                     let (tx, rx) = mpsc::channel();
                     gate.hold(range, Box::new(move |verdict| tx.send(verdict).unwrap()));
