@@ -113,7 +113,12 @@ impl Target for RawTarget {
         self.draft.bytes.sync()
     }
 
+    fn accept(&self) -> io::Result<()> {
+        self.draft.accept()
+    }
+
     fn conclude(&self) -> io::Result<()> {
+        self.accept()?;
         self.flush()?;
         self.draft.sync_name()
     }
