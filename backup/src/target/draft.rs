@@ -20,7 +20,7 @@ const RACES: u32 = 16;
 
 /// A file that was there before, locked, and where the new one stands until it takes its place.
 struct Replaced {
-    old: File,
+    old: Arc<Bytes>,
     beside: Place,
 }
 
@@ -54,12 +54,14 @@ impl Draft {
         if created || draft.bytes.kind() != Kind::Regular {
             return Ok(draft);
         }
+        if !draft.place.leads_to(draft.bytes.file()).map_err(failed)? {
+            // Replaced by somebody else between opening and locking it.
+            return Err(failed(Errno::BUSY.into()));
+        }
         match draft.place.create_beside(draft.bytes.file()) {
             Ok((beside, file)) => {
                 let new = Bytes::new(file).map_err(failed)?;
-                // A copy of the descriptor keeps the lock.
-                let old = draft.bytes.file().try_clone().map_err(failed)?;
-                draft.bytes = Arc::new(new);
+                let old = std::mem::replace(&mut draft.bytes, Arc::new(new));
                 *draft.replaces() = Some(Replaced { old, beside });
                 claim(&draft.bytes, policy)?;
                 Ok(draft)
@@ -94,7 +96,7 @@ impl Draft {
     pub fn accept(&self) -> io::Result<()> {
         let mut replaces = self.replaces();
         let Some(Replaced { old, beside }) = &*replaces else { return Ok(()) };
-        if !self.place.leads_to(old)? {
+        if !self.place.leads_to(old.file())? {
             return Err(Errno::BUSY.into());
         }
         self.place.take_over(beside)?;
