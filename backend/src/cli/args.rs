@@ -219,6 +219,9 @@ pub struct BackupArgs {
     /// Bytes a second at most, a disk [default: no limit]
     #[arg(long, value_parser = size::parse_signed)]
     pub speed: Option<u64>,
+    /// If it fails, keep its point in time for `job retry`; until then the bitmap stays frozen
+    #[arg(long)]
+    pub keep: bool,
     /// Id of the job, for a single disk [default: the disk's]
     #[arg(long)]
     pub job: Option<String>,
@@ -308,10 +311,32 @@ pub enum JobAction {
     },
     /// Let a pending job conclude
     Finalize(JobName),
-    /// Forget a concluded job
+    /// Forget a concluded job; a point in time that it kept is given up
     Dismiss(JobName),
+    /// Begin a failed backup again that was started with --keep: the very same image, to where it went or elsewhere
+    Retry(RetryArgs),
     /// Wait until a job has ended
     Wait(JobName),
+}
+
+/// `blkmark job retry`.
+#[derive(Debug, Args)]
+pub struct RetryArgs {
+    /// The job.
+    #[command(flatten)]
+    pub job: JobName,
+    /// Another image to write
+    #[arg(long, value_name = "FILE")]
+    pub target: Option<PathBuf>,
+    /// Format of that image
+    #[arg(long, value_enum, default_value_t = ImageFormat::Qcow2, requires = "target")]
+    pub format: ImageFormat,
+    /// It is there already
+    #[arg(long, requires = "target")]
+    pub existing: bool,
+    /// Return as soon as it runs
+    #[arg(long)]
+    pub no_wait: bool,
 }
 
 /// `blkmark query`.

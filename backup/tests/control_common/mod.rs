@@ -9,6 +9,7 @@ use blkmark_backup::scratch::ScratchSettings;
 use blkmark_backup::source::{BlockStatus, FileId, Source};
 use blkmark_bitmap::tracker::Admitted;
 use blkmark_bitmap::{ByteRange, Lane, Tracker, Verdict};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io;
@@ -315,4 +316,25 @@ pub fn assert_same(got: &[u8], want: &[u8]) {
     if let Some(at) = got.iter().zip(want).position(|(a, b)| a != b) {
         panic!("differs at {at:#x} (cluster {}): {:#x}, not {:#x}", at as u64 / CLUSTER, got[at], want[at]);
     }
+}
+
+/// Files end here while the limit stands: half the disk.
+pub const LIMIT: u64 = 2 * MIB;
+
+/// Makes the kernel refuse writes past `limit` in this process, or takes that back.
+pub fn set_limit(limit: Option<u64>) {
+    // SAFETY: the signal of a write past the limit is ignored from here on, by a process of this test's own.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+    let maximum = getrlimit(Resource::Fsize).maximum;
+    setrlimit(Resource::Fsize, Rlimit { current: limit.or(maximum), maximum }).unwrap();
+}
+
+/// A disk full of ones with bitmap b, of which clusters 1, 2 and 40 are dirty twos, and target t.
+pub fn dirty_lab() -> Lab {
+    let lab = Lab::new(1);
+    lab.disks[0].dirty(0..64, 1);
+    lab.ok("block-dirty-bitmap-add", json!({ "node": "d0", "name": "b" }));
+    lab.disks[0].dirty([1, 2, 40], 2);
+    lab.raw_target("t", 4 * MIB);
+    lab
 }
