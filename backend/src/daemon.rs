@@ -204,6 +204,7 @@ fn open(disk: &DiskOptions, options: &ServeOptions) -> Result<(Arc<ServedDisk>, 
     let serial = disk.serial.as_deref().unwrap_or(&disk.id);
     let served = Arc::new(ServedDisk::new(&disk.id, Arc::clone(&file), serial, disk.queues, disk.queue_size));
     let node = Node::new(&disk.id, &disk.path, disk.read_only, Arc::clone(served.tracker()), file, scratch);
+    let node = node.shown_by(Arc::clone(&served) as _);
     Ok((served, Arc::new(node)))
 }
 

@@ -5,12 +5,12 @@ use std::process::ExitCode;
 use blkmark::cli::{self, Cli, Command, DemoArgs, Failure, Output};
 use blkmark::config::{CAPABILITIES, LogFormat, ServeOptions};
 use blkmark::daemon;
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::from_words(std::env::args_os()).unwrap_or_else(|error| error.exit());
     if cli.print_capabilities {
         Output::new(false).line(CAPABILITIES);
         return ExitCode::SUCCESS;

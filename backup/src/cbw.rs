@@ -100,6 +100,8 @@ impl State {
 pub struct CopyBeforeWrite {
     disk: String,
     source: Arc<dyn Source>,
+    /// Bytes of the disk, which does not change while there is a point.
+    size: u64,
     unit: Granularity,
     scratch: Scratch,
     state: Mutex<State>,
@@ -125,6 +127,7 @@ impl CopyBeforeWrite {
     pub(crate) fn create(
         disk: &str,
         source: Arc<dyn Source>,
+        size: u64,
         settings: &ScratchSettings,
         cluster: Granularity,
     ) -> io::Result<Arc<Self>> {
@@ -133,6 +136,7 @@ impl CopyBeforeWrite {
         let cbw = Arc::new(Self {
             disk: disk.to_owned(),
             source,
+            size,
             unit,
             scratch: Scratch::create(settings, unit.bytes())?,
             state: Mutex::new(state),
@@ -168,6 +172,11 @@ impl CopyBeforeWrite {
         let cbw = Arc::clone(self);
         std::thread::Builder::new().name(format!("watch-{}", self.disk)).spawn(move || cbw.watch())?;
         Ok(())
+    }
+
+    /// Bytes of the disk.
+    pub(crate) fn size(&self) -> u64 {
+        self.size
     }
 
     /// One more point will use it; `false` if it is closing already.
@@ -272,7 +281,7 @@ impl CopyBeforeWrite {
             let Some(held) = state.held.get(&id) else { return true };
             (id, held.point, held.range)
         };
-        let size = self.source.size();
+        let size = self.size;
         for index in self.unit.cover(range) {
             let unit = self.unit.range(index..index + 1, size);
             if let Err(error) = self.save(point, unit, buffer) {

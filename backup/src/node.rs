@@ -9,6 +9,12 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
+/// What shows a disk to its guest.
+pub trait Front: Send + Sync {
+    /// Requests that come from now on are judged by this size; the guest is told of it where the front end allows.
+    fn set_capacity(&self, bytes: u64);
+}
+
 /// One served disk. Its id is its node name and its device name.
 pub struct Node {
     /// What clients call it.
@@ -21,6 +27,10 @@ pub struct Node {
     pub tracker: Arc<Tracker>,
     /// Where its bytes are read from.
     pub source: Arc<dyn Source>,
+    /// Who shows it to a guest, if anybody does.
+    pub(crate) front: Option<Arc<dyn Front>>,
+    /// One resize at a time.
+    pub(crate) resizing: Mutex<()>,
     scratch: ScratchSettings,
     /// There while a point in time is.
     cbw: Mutex<Weak<CopyBeforeWrite>>,
@@ -36,7 +46,22 @@ impl Node {
         source: Arc<dyn Source>,
         scratch: ScratchSettings,
     ) -> Self {
-        Self { id: id.into(), path: path.into(), read_only, tracker, source, scratch, cbw: Mutex::new(Weak::new()) }
+        Self {
+            id: id.into(),
+            path: path.into(),
+            read_only,
+            tracker,
+            source,
+            scratch,
+            front: None,
+            resizing: Mutex::new(()),
+            cbw: Mutex::new(Weak::new()),
+        }
+    }
+
+    /// The same disk, shown to a guest by `front`.
+    pub fn shown_by(self, front: Arc<dyn Front>) -> Self {
+        Self { front: Some(front), ..self }
     }
 
     fn cbw(&self) -> MutexGuard<'_, Weak<CopyBeforeWrite>> {
@@ -49,11 +74,13 @@ impl Node {
         let mut shared = self.cbw();
         if let Some(cbw) = shared.upgrade()
             && cbw.unit() <= cluster
+            && cbw.size() == self.tracker.size()
             && cbw.join()
         {
             return Ok(cbw);
         }
-        let cbw = CopyBeforeWrite::create(&self.id, Arc::clone(&self.source), &self.scratch, cluster)?;
+        let cbw =
+            CopyBeforeWrite::create(&self.id, Arc::clone(&self.source), self.tracker.size(), &self.scratch, cluster)?;
         *shared = Arc::downgrade(&cbw);
         Ok(cbw)
     }

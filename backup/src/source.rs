@@ -41,6 +41,15 @@ pub trait Source: Send + Sync {
     /// A source that cannot tell answers `(Data, limit)`.
     fn block_status(&self, offset: u64, limit: u64) -> io::Result<(BlockStatus, u64)>;
 
+    /// Gives it another size. On an error it has the one it had.
+    ///
+    /// Larger: what is added reads as zeroes. Smaller: nobody may be writing beyond the new end any more. Of a device, whose
+    /// size others decide, only the size that it has is accepted.
+    fn resize(&self, size: u64) -> io::Result<()> {
+        let _ = size;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// The file or device behind it, where there is one.
     fn file_id(&self) -> Option<FileId>;
 

@@ -6,26 +6,7 @@
 mod control_common;
 
 use control_common::*;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
-
-/// Files end here while the limit stands: half the disk.
-const LIMIT: u64 = 2 * MIB;
-
-fn set_limit(limit: Option<u64>) {
-    let maximum = getrlimit(Resource::Fsize).maximum;
-    setrlimit(Resource::Fsize, Rlimit { current: limit.or(maximum), maximum }).unwrap();
-}
-
-/// A disk full of ones with bitmap b, of which clusters 1, 2 and 40 are dirty twos, and target t.
-fn lab() -> Lab {
-    let lab = Lab::new(1);
-    lab.disks[0].dirty(0..64, 1);
-    lab.ok("block-dirty-bitmap-add", json!({ "node": "d0", "name": "b" }));
-    lab.disks[0].dirty([1, 2, 40], 2);
-    lab.raw_target("t", 4 * MIB);
-    lab
-}
 
 /// A full backup of that instant that fails halfway, with its point kept; answers the image that it was begun for.
 fn fail(lab: &Lab) -> Vec<u8> {
@@ -53,7 +34,7 @@ fn succeed(lab: &Lab) {
 }
 
 fn again_into_the_same_target() {
-    let lab = lab();
+    let lab = dirty_lab();
     let instant = fail(&lab);
     lab.ok("job-retry", json!({ "id": "j" }));
     succeed(&lab);
@@ -63,7 +44,7 @@ fn again_into_the_same_target() {
 }
 
 fn again_into_another_file_after_a_second_failure() {
-    let lab = lab();
+    let lab = dirty_lab();
     let instant = fail(&lab);
     set_limit(Some(LIMIT));
     lab.ok("job-retry", json!({ "id": "j" }));
@@ -77,7 +58,7 @@ fn again_into_another_file_after_a_second_failure() {
 }
 
 fn given_up_it_is_reclaimed() {
-    let lab = lab();
+    let lab = dirty_lab();
     fail(&lab);
     let busy = lab.err("block-dirty-bitmap-clear", json!({ "node": "d0", "name": "b" }));
     assert_eq!(busy, "Bitmap 'b' is currently in use by another operation and cannot be used");
@@ -91,7 +72,7 @@ fn given_up_it_is_reclaimed() {
 }
 
 fn what_makes_no_sense_is_refused_and_loses_nothing() {
-    let lab = lab();
+    let lab = dirty_lab();
     let instant = fail(&lab);
     for (arguments, text) in [
         (json!({ "id": "k" }), "Job not found"),
@@ -121,7 +102,7 @@ fn what_makes_no_sense_is_refused_and_loses_nothing() {
 }
 
 fn a_job_that_keeps_nothing_or_runs_cannot_be_tried_again() {
-    let lab = lab();
+    let lab = dirty_lab();
     set_limit(Some(LIMIT));
     let start = json!({ "job-id": "j", "device": "d0", "target": "t", "sync": "full", "auto-dismiss": false });
     lab.ok("blockdev-backup", start);
@@ -142,8 +123,6 @@ fn a_job_that_keeps_nothing_or_runs_cannot_be_tried_again() {
 
 #[test]
 fn a_failed_backup_can_be_had_again_byte_for_byte() {
-    // SAFETY: the signal of a write past the limit is ignored from here on, by a process of this test's own.
-    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     again_into_the_same_target();
     again_into_another_file_after_a_second_failure();
     given_up_it_is_reclaimed();

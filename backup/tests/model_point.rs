@@ -93,6 +93,7 @@ impl Scene {
             let gate = match admitted {
                 Admitted::Go => break,
                 Admitted::Held(gate) => gate,
+                Admitted::Beyond => unreachable!("nobody resizes"),
             };
             let bell = Arc::new((Mutex::new(false), Condvar::new()));
             let there = Arc::clone(&bell);

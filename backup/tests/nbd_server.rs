@@ -24,7 +24,7 @@ fn a_client_learns_what_there_is() {
     assert_eq!(disk["export-size"], SIZE);
     assert_eq!((&disk["is_read_only"], &disk["can_multi_conn"]), (&Value::Bool(true), &Value::Bool(true)));
     assert_eq!(disk["contexts"], serde_json::json!(["base:allocation", "qemu:dirty-bitmap:b"]));
-    assert_eq!((&disk["block_size_minimum"], &disk["block_size_preferred"]), (&1.into(), &65536.into()));
+    assert_eq!((&disk["block_size_minimum"], &disk["block_size_preferred"]), (&1.into(), &4096.into()));
     let memory = json(&run("nbdinfo", &["--json", &lab.uri("memory")]));
     assert_eq!(memory["exports"][0]["is_read_only"], false);
     assert_eq!(memory["exports"][0]["can_zero"], true);

@@ -88,6 +88,23 @@ impl Layers {
         self.absorb(&layer);
     }
 
+    /// The disk has another size. What lies beyond it is cut off; if `mark`, what was added is dirty, and so is the last
+    /// granule of a disk that became smaller, which is not whole any more. Closed generations keep their size: only what
+    /// is within this set's counts.
+    pub(crate) fn resize(&mut self, size: u64, mark: bool) {
+        let mut base = Bits::new(self.granularity, size);
+        if let Some(old) = &self.base {
+            base.union(old);
+        }
+        if mark && size > self.size {
+            base.set(ByteRange::new(self.size, size - self.size));
+        } else if mark && !size.is_multiple_of(self.granularity.bytes()) {
+            base.set(ByteRange::new(size - 1, 1));
+        }
+        self.base = Some(Arc::new(base));
+        self.size = size;
+    }
+
     /// Whether any byte of `range` is dirty, the current generation left out. Allocates nothing.
     pub(crate) fn any(&self, range: ByteRange) -> bool {
         self.base.as_ref().is_some_and(|base| base.any(range))

@@ -21,6 +21,9 @@ use uuid::Uuid;
 /// Longest name, as in QEMU.
 const NAME_MAX: usize = 1023;
 
+/// Bits that a bitmap may come to by a resize: a gigabyte of them.
+const MOST_BITS: u64 = 8 << 30;
+
 /// Why an operation on a bitmap was refused. The texts are QEMU's, since scripts match them.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum BitmapError {
@@ -52,6 +55,9 @@ pub enum BitmapError {
         /// Bytes of the disk merged from.
         source_size: u64,
     },
+    /// The disk would be so large that the bits would take over a gigabyte.
+    #[error("Bitmap '{0}' would become too large")]
+    TooLarge(String),
     /// Abdicate or reclaim of a bitmap that is not frozen, or that somebody else froze.
     #[error("Bitmap '{0}' is not frozen by this operation")]
     NotFrozen(String),
@@ -254,6 +260,29 @@ impl Draft {
     pub fn abdicate_except(&mut self, name: &str, id: Uuid, uncopied: &Bits) -> Result<(), BitmapError> {
         let (bitmap, _) = self.thaw(name, id)?;
         bitmap.layers.add(uncopied);
+        Ok(())
+    }
+
+    /// Bytes of the disk.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The disk has `size` bytes from the commit on. Bitmaps lose what lies beyond it; what is added counts as written in
+    /// those that record. No bitmap may be busy.
+    pub fn resize(&mut self, size: u64) -> Result<(), BitmapError> {
+        for bitmap in &self.bitmaps {
+            if bitmap.frozen.is_some() {
+                return Err(BitmapError::Busy(bitmap.name.clone()));
+            }
+            if bitmap.layers.granularity().bits_for(size) > MOST_BITS {
+                return Err(BitmapError::TooLarge(bitmap.name.clone()));
+            }
+        }
+        for bitmap in &mut self.bitmaps {
+            bitmap.layers.resize(size, bitmap.recording);
+        }
+        self.size = size;
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use crate::gate::Gate;
 use crate::inflight::{Bell, Lanes, Slots};
 use crate::live::LiveMap;
 use crate::named::{BitmapError, BitmapInfo, Draft};
-use crate::sync::{Mutex, lock};
+use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 use crate::units::ByteRange;
 use std::fmt;
 use std::sync::Arc;
@@ -19,6 +19,8 @@ use std::sync::Arc;
 pub(crate) struct Hot {
     pub(crate) live: Option<Arc<LiveMap>>,
     pub(crate) gates: Vec<Arc<dyn Gate>>,
+    /// Bytes of the disk: no change goes beyond it.
+    pub(crate) size: u64,
 }
 
 /// What only control operations touch.
@@ -34,7 +36,8 @@ pub(crate) struct Control {
 
 /// The dirty tracking of one disk.
 pub struct Tracker {
-    size: u64,
+    /// Bytes of the disk, written by a commit alone.
+    pub(crate) size: AtomicU64,
     pub(crate) admission: Admission<Hot>,
     pub(crate) lanes: Arc<Lanes>,
     pub(crate) control: Mutex<Control>,
@@ -44,16 +47,16 @@ impl Tracker {
     /// For a disk of `size` bytes that `lanes` queue threads write to, each with up to `slots` writes in flight.
     pub fn new(size: u64, lanes: usize, slots: usize) -> Arc<Self> {
         Arc::new(Self {
-            size,
-            admission: Admission::new(Hot { live: None, gates: Vec::new() }, lanes),
+            size: AtomicU64::new(size),
+            admission: Admission::new(Hot { live: None, gates: Vec::new(), size }, lanes),
             lanes: Arc::new(Lanes { slots: (0..lanes).map(|_| Slots::new(slots)).collect(), bell: Bell::new() }),
             control: Mutex::new(Control { generation: 0, live: None, gates: Vec::new(), bitmaps: Draft::new(size) }),
         })
     }
 
-    /// Bytes of the disk.
+    /// Bytes of the disk, which only a commit of a draft of another size changes.
     pub fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
     }
 
     /// The lane of queue thread `index`; `None` if there is no such lane or its last owner still has it.
@@ -85,7 +88,7 @@ impl Tracker {
 
 impl fmt::Debug for Tracker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tracker").field("size", &self.size).finish_non_exhaustive()
+        f.debug_struct("Tracker").field("size", &self.size()).finish_non_exhaustive()
     }
 }
 
@@ -95,6 +98,8 @@ pub enum Admitted {
     Go,
     /// A gate holds it. Outside of the section, call [`Gate::hold`] and, when resumed, admit it again from the start.
     Held(Arc<dyn Gate>),
+    /// It goes beyond the end of the disk, which has become smaller since it was asked for.
+    Beyond,
 }
 
 /// One queue thread's way through the tracker.
@@ -149,6 +154,9 @@ impl Passage<'_> {
     #[inline]
     pub fn admit(&self, slot: usize, range: ByteRange) -> Admitted {
         self.section.with(|hot| {
+            if range.end() > hot.size {
+                return Admitted::Beyond;
+            }
             for gate in &hot.gates {
                 if !gate.admits(range) {
                     return Admitted::Held(Arc::clone(gate));

@@ -196,3 +196,40 @@ fn a_lane_has_one_owner_at_a_time() {
     drop(lane);
     assert!(t.lane(0).is_some());
 }
+
+#[test]
+fn a_resize_cuts_marks_what_was_added_and_spares_what_does_not_record() {
+    let t = tracker();
+    edit!(t, add("on", G, false), add("off", G, false)).unwrap();
+    // In a closed generation, in the current one, and past the new end.
+    write(&t, 0);
+    edit!(t, disable("off")).unwrap();
+    write(&t, MIB);
+    write(&t, 63 * MIB);
+    edit!(t, resize(2 * MIB + 512)).unwrap();
+    assert_eq!((t.size(), dirty(&t, "on"), dirty(&t, "off")), (2 * MIB + 512, vec![0, MIB, 2 * MIB], vec![0]));
+    let mut lane = t.lane(0).unwrap();
+    assert!(matches!(lane.enter().admit(0, ByteRange::new(2 * MIB, 1024)), Admitted::Beyond));
+    assert!(matches!(lane.enter().admit(0, ByteRange::new(2 * MIB, 512)), Admitted::Go));
+    lane.finish(0);
+    drop(lane);
+    edit!(t, clear("on"), resize(2 * MIB + 131_072)).unwrap();
+    assert_eq!(dirty(&t, "on"), [2 * MIB, 2 * MIB + 65536]);
+    write(&t, 2 * MIB + 65536);
+    edit!(t, enable("off")).unwrap();
+    write(&t, 65536);
+    assert_eq!(dirty(&t, "off"), [0, 65536]);
+    assert_eq!(t.bits("off").unwrap().size(), 2 * MIB + 131_072);
+}
+
+#[test]
+fn a_busy_bitmap_or_one_that_grew_too_large_keeps_its_size() {
+    let t = tracker();
+    edit!(t, add("b", Granularity::MIN, false)).unwrap();
+    assert_eq!(edit!(t, resize(1 << 60)), Err(BitmapError::TooLarge("b".into())));
+    let mut change = t.begin();
+    change.draft.freeze("b").unwrap();
+    commit(vec![change]).unwrap();
+    assert_eq!(edit!(t, resize(MIB)), Err(BitmapError::Busy("b".into())));
+    assert_eq!(t.size(), 64 * MIB);
+}

@@ -66,6 +66,7 @@ impl Scene {
             let admitted = lane.enter().admit(0, BLOCK);
             match admitted {
                 Admitted::Go => break,
+                Admitted::Beyond => unreachable!("nobody resizes"),
                 Admitted::Held(gate) => {
                     let bell = Arc::new((Mutex::new(false), Condvar::new()));
                     let there = Arc::clone(&bell);

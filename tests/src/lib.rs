@@ -18,4 +18,5 @@ pub mod images;
 pub mod lab;
 pub mod process;
 pub mod qmp;
+pub mod small_fs;
 pub mod tools;

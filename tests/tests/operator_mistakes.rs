@@ -18,6 +18,7 @@ use blkmark_tests::daemon::{self, Daemon};
 use blkmark_tests::lab::{Disk, Lab, MIB};
 use blkmark_tests::process::GIVE_UP;
 use blkmark_tests::qmp::{JobEnd, Qmp};
+use blkmark_tests::small_fs::SmallFileSystem;
 use blkmark_tests::{images, tools};
 use serde_json::{Value, json};
 
@@ -279,7 +280,7 @@ fn a_target_without_space_fails_its_job_and_nothing_else() -> Result<()> {
     let small = SmallFileSystem::mount(6 * MIB)?;
     beside_a_writing_guest(|_, qmp| {
         for format in ["qcow2", "raw"] {
-            let target = small.folder.path().join(format!("target.{format}"));
+            let target = small.folder().join(format!("target.{format}"));
             let order = json!({
                 "job-id": "j0", "device": "drive0", "target": target, "format": format,
                 "sync": "incremental", "bitmap": "b0",
@@ -305,7 +306,7 @@ fn a_target_without_space_fails_its_job_and_nothing_else() -> Result<()> {
 fn a_target_without_space_stops_where_that_is_asked_for() -> Result<()> {
     let small = SmallFileSystem::mount(6 * MIB)?;
     beside_a_writing_guest(|_, qmp| {
-        let target = small.folder.path().join("target.qcow2");
+        let target = small.folder().join("target.qcow2");
         let order = json!({
             "job-id": "j0", "device": "drive0", "target": target, "format": "qcow2", "sync": "incremental",
             "bitmap": "b0", "on-target-error": "enospc",
@@ -320,32 +321,6 @@ fn a_target_without_space_stops_where_that_is_asked_for() -> Result<()> {
         ensure!(end == JobEnd::Cancelled, "{end:?}");
         Ok(())
     })
-}
-
-/// A tmpfs of a few bytes, unmounted when dropped.
-struct SmallFileSystem {
-    folder: tempfile::TempDir,
-}
-
-impl SmallFileSystem {
-    fn mount(bytes: u64) -> Result<SmallFileSystem> {
-        let folder = tempfile::tempdir()?;
-        tools::run(
-            tools::command("mount")?
-                .args(["-t", "tmpfs", "-o", &format!("size={bytes}"), "blkmark-test"])
-                .arg(folder.path()),
-        )
-        .context("this test mounts a small tmpfs, which needs root")?;
-        Ok(SmallFileSystem { folder })
-    }
-}
-
-impl Drop for SmallFileSystem {
-    fn drop(&mut self) {
-        if let Ok(mut command) = tools::command("umount") {
-            let _ = command.arg("-l").arg(self.folder.path()).status();
-        }
-    }
 }
 
 /// Tells a story of mistakes about a disk with a bitmap `b0` of known marks and a guest that writes all the while; the

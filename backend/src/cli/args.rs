@@ -1,5 +1,6 @@
 //! The words of the command line, as `--help` shows them.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -33,7 +34,21 @@ pub struct Cli {
     pub command: Option<Command>,
 }
 
+/// The options of QEMU's convention for back ends, which come without a command.
+const CONVENTION: &[&str] = &["--blk-file", "--socket-path", "--fd", "--read-only"];
+
 impl Cli {
+    /// Reads the command line of this process. Management layers start a back end by the options of QEMU's convention
+    /// alone (`docs/interop/vhost-user.rst`), which means `serve`.
+    pub fn from_words(words: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let mut words: Vec<OsString> = words.into_iter().collect();
+        let first = words.get(1).map(|word| word.to_string_lossy().into_owned()).unwrap_or_default();
+        if CONVENTION.contains(&first.split('=').next().unwrap_or_default()) {
+            words.insert(1, "serve".into());
+        }
+        Self::try_parse_from(words)
+    }
+
     /// The control socket that a client command talks to.
     pub fn control_path(&self) -> PathBuf {
         let named = || std::env::var_os(CONTROL_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from);
@@ -204,6 +219,9 @@ pub struct BackupArgs {
     /// Bytes a second at most, a disk [default: no limit]
     #[arg(long, value_parser = size::parse_signed)]
     pub speed: Option<u64>,
+    /// If it fails, keep its point in time for `job retry`; until then the bitmap stays frozen
+    #[arg(long)]
+    pub keep: bool,
     /// Id of the job, for a single disk [default: the disk's]
     #[arg(long)]
     pub job: Option<String>,
@@ -293,10 +311,32 @@ pub enum JobAction {
     },
     /// Let a pending job conclude
     Finalize(JobName),
-    /// Forget a concluded job
+    /// Forget a concluded job; a point in time that it kept is given up
     Dismiss(JobName),
+    /// Begin a failed backup again that was started with --keep: the very same image, to where it went or elsewhere
+    Retry(RetryArgs),
     /// Wait until a job has ended
     Wait(JobName),
+}
+
+/// `blkmark job retry`.
+#[derive(Debug, Args)]
+pub struct RetryArgs {
+    /// The job.
+    #[command(flatten)]
+    pub job: JobName,
+    /// Another image to write
+    #[arg(long, value_name = "FILE")]
+    pub target: Option<PathBuf>,
+    /// Format of that image
+    #[arg(long, value_enum, default_value_t = ImageFormat::Qcow2, requires = "target")]
+    pub format: ImageFormat,
+    /// It is there already
+    #[arg(long, requires = "target")]
+    pub existing: bool,
+    /// Return as soon as it runs
+    #[arg(long)]
+    pub no_wait: bool,
 }
 
 /// `blkmark query`.

@@ -59,9 +59,7 @@ pub(super) fn run(client: &mut Client, args: &BackupArgs, output: &Output) -> Re
 }
 
 fn drive_backup(args: &BackupArgs, disk: &str, job: &str, path: &Path, mode: &str) -> Result<Value, Failure> {
-    let Some(path) = path.to_str() else {
-        return Err(Failure::Usage(format!("'{}' is not UTF-8, which QMP needs", path.display())));
-    };
+    let path = told(path)?;
     let mut arguments = json!({
         "job-id": job,
         "device": disk,
@@ -83,6 +81,9 @@ fn drive_backup(args: &BackupArgs, disk: &str, job: &str, path: &Path, mode: &st
     }
     if let Some(speed) = args.speed {
         arguments["speed"] = json!(speed);
+    }
+    if args.keep {
+        arguments["on-failure"] = json!("keep");
     }
     Ok(arguments)
 }
@@ -133,7 +134,16 @@ fn absolute(path: &Path) -> Result<PathBuf, Failure> {
     std::path::absolute(path).map_err(|error| failed(format_args!("'{}': {error}", path.display())))
 }
 
-fn format(format: ImageFormat) -> Format {
+/// A path as QMP can carry it, and the daemon find it.
+pub(super) fn told(path: &Path) -> Result<String, Failure> {
+    let path = absolute(path)?;
+    match path.to_str() {
+        Some(path) => Ok(path.to_owned()),
+        None => Err(Failure::Usage(format!("'{}' is not UTF-8, which QMP needs", path.display()))),
+    }
+}
+
+pub(super) fn format(format: ImageFormat) -> Format {
     match format {
         ImageFormat::Raw => Format::Raw,
         ImageFormat::Qcow2 => Format::Qcow2,

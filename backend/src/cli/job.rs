@@ -3,7 +3,8 @@
 use blkmark_backup::qmp::Client;
 use serde_json::{Value, json};
 
-use super::args::{JobAction, JobArgs, JobName};
+use super::args::{JobAction, JobArgs, JobName, RetryArgs};
+use super::backup;
 use super::failure::Failure;
 use super::output::Output;
 use super::query;
@@ -19,10 +20,26 @@ pub(super) fn run(client: &mut Client, args: &JobArgs, output: &Output) -> Resul
         JobAction::Resume(job) => ("job-resume", named(job)),
         JobAction::Finalize(job) => ("job-finalize", named(job)),
         JobAction::Dismiss(job) => ("job-dismiss", named(job)),
+        JobAction::Retry(args) => return retry(client, args, output),
         JobAction::SetSpeed { job, speed } => ("block-job-set-speed", json!({ "device": job.id, "speed": speed })),
     };
     output.done(&client.execute(command, arguments)?);
     Ok(())
+}
+
+fn retry(client: &mut Client, args: &RetryArgs, output: &Output) -> Result<(), Failure> {
+    let mut arguments = named(&args.job);
+    if let Some(target) = &args.target {
+        arguments["target"] = json!(backup::told(target)?);
+        arguments["format"] = json!(backup::format(args.format).name());
+        arguments["mode"] = json!(if args.existing { "existing" } else { "absolute-paths" });
+    }
+    let done = client.execute("job-retry", arguments)?;
+    if args.no_wait {
+        output.done(&done);
+        return Ok(());
+    }
+    Wait::new([args.job.id.clone()]).run(client, output)
 }
 
 fn named(job: &JobName) -> Value {

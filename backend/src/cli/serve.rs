@@ -112,6 +112,20 @@ mod tests {
     }
 
     #[test]
+    fn qemus_convention_needs_no_command() {
+        for words in ["--blk-file f --socket-path s", "--socket-path=s --blk-file=f", "--fd 3 --blk-file f --read-only"]
+        {
+            let words = format!("blkmark {words}");
+            let cli = Cli::from_words(words.split(' ').map(Into::into)).unwrap();
+            assert!(
+                matches!(cli.command, Some(Command::Serve(args)) if args.blk_file.as_deref() == Some("f")),
+                "{words}"
+            );
+        }
+        assert!(Cli::from_words(["blkmark".into(), "--disk".into(), "id=a".into()]).is_err());
+    }
+
+    #[test]
     fn qemus_convention_for_back_ends_is_understood() {
         let served = options("--blk-file f --socket-path s --read-only").unwrap();
         assert!(served.disks[0].read_only);

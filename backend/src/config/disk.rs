@@ -20,10 +20,6 @@ pub const DISK_KEYS: &[&str] = &[
     "scratch-size",
 ];
 
-/// Queues a disk may have: a thread each.
-pub(super) const MAX_QUEUES: u16 = 64;
-/// The largest ring that virtio knows.
-pub(super) const MAX_QUEUE_SIZE: u16 = 32768;
 /// What a front end may set up unless told otherwise.
 const DEFAULT_QUEUE_SIZE: u16 = 1024;
 

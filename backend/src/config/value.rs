@@ -4,6 +4,11 @@ use std::path::PathBuf;
 
 use super::error::ConfigError;
 
+/// Queues a disk may have: a thread each.
+const MAX_QUEUES: u16 = 64;
+/// The largest ring that virtio knows.
+const MAX_QUEUE_SIZE: u16 = 32768;
+
 fn bad(key: &str, value: &str, expected: &'static str) -> ConfigError {
     ConfigError::BadValue { key: key.to_owned(), value: value.to_owned(), expected }
 }
@@ -45,14 +50,12 @@ fn number<T: std::str::FromStr>(digits: &str) -> Option<T> {
 }
 
 pub(super) fn queues(key: &str, value: &str) -> Result<u16, ConfigError> {
-    number(value)
-        .filter(|n| (1..=super::disk::MAX_QUEUES).contains(n))
-        .ok_or_else(|| bad(key, value, "a number from 1 to 64"))
+    number(value).filter(|n| (1..=MAX_QUEUES).contains(n)).ok_or_else(|| bad(key, value, "a number from 1 to 64"))
 }
 
 pub(super) fn queue_size(key: &str, value: &str) -> Result<u16, ConfigError> {
     number(value)
-        .filter(|n: &u16| n.is_power_of_two() && *n <= super::disk::MAX_QUEUE_SIZE)
+        .filter(|n: &u16| n.is_power_of_two() && *n <= MAX_QUEUE_SIZE)
         .ok_or_else(|| bad(key, value, "a power of two from 1 to 32768"))
 }
 

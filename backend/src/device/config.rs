@@ -10,14 +10,12 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use super::request::{ID_BYTES, SECTOR};
+use super::request::{ID_BYTES, MAX_DISCARD_SECTORS, SECTOR};
 
 /// Data segments a request may have: with header and status, 128 descriptors, QEMU's usual ring.
 pub const SEG_MAX: u32 = 126;
 /// Bytes a segment may have. It bounds what one write can make copy-before-write save at once.
 pub const SIZE_MAX: u32 = 1 << 20;
-/// Sectors a discard or write-zeroes may have: 16 MiB, so that one never holds the gate for long.
-pub const MAX_DISCARD_SECTORS: u32 = (16 << 20) / SECTOR as u32;
 
 /// Bytes of the part that is filled in; the rest of the space reads as zero.
 const USED: usize = 60;
@@ -77,6 +75,13 @@ impl ConfigSpace {
             put(56, &[1]);
         }
         Self { bytes, features: features(g.queues, g.read_only) }
+    }
+
+    /// The same disk with another size.
+    pub fn with_capacity(&self, bytes: u64) -> Self {
+        let mut space = self.clone();
+        space.bytes[..8].copy_from_slice(&(bytes / SECTOR).to_le_bytes());
+        space
     }
 
     /// `size` bytes from `offset` on, zero where there is nothing: exactly `size` bytes.

@@ -19,8 +19,6 @@ use virtio_bindings::virtio_blk::{
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use super::config::MAX_DISCARD_SECTORS;
-
 /// The unit of offsets and lengths in the protocol, whatever the block size is.
 pub const SECTOR: u64 = 512;
 /// A chain longer than this is broken; a driver that heeds `seg_max` stays far below.
@@ -29,6 +27,8 @@ pub const MAX_DESCRIPTORS: usize = 1024;
 pub const MAX_IOVECS: usize = 1024;
 /// Data bytes a request may have. `seg_max` x `size_max` of the configuration space is below.
 pub const MAX_DATA: u64 = 128 << 20;
+/// Sectors a discard or write-zeroes may have: 16 MiB, so that one never holds the gate for long.
+pub const MAX_DISCARD_SECTORS: u32 = (16 << 20) / SECTOR as u32;
 /// Bytes of the answer to a GET_ID.
 pub const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 

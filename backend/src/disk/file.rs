@@ -1,4 +1,5 @@
-//! A disk's file: opened, measured and locked once at start; read by backups beside the guest.
+//! A disk's file: opened, measured and locked once at start; read by backups beside the guest; given another size by
+//! `block_resize`.
 
 use blkmark_backup::buffer::{ALIGNMENT, AlignedBuffer};
 use blkmark_backup::file_lock::{self, LockError, LockMode};
@@ -10,11 +11,13 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use thiserror::Error;
 
-/// How long the requests of a killed process may hold its lock. Measured: under a tenth of a second.
-const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+/// How long the requests of a killed process may hold its lock. Measured: under a tenth of a second; full queues on a
+/// rotating disk take some seconds. A disk that somebody else serves is reported only after that.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How to open a disk.
 #[derive(Debug, Clone)]
@@ -73,7 +76,9 @@ pub struct DiskFile {
     file: File,
     path: PathBuf,
     id: FileId,
-    size: u64,
+    /// In bytes; only [`Source::resize`] changes it.
+    size: AtomicU64,
+    device: bool,
     read_only: bool,
     direct: bool,
     block: u32,
@@ -127,7 +132,8 @@ impl DiskFile {
             .map_err(|error| DiskError::Locked { path: path.clone(), error })?;
         let physical = physical.max(block);
         let (read_only, pulse) = (options.read_only, Pulse::default());
-        Ok(Self { file, path, id, size, read_only, direct, block, physical, memory_alignment, pulse })
+        let (size, device) = (AtomicU64::new(size), id.device == 0);
+        Ok(Self { file, path, id, size, device, read_only, direct, block, physical, memory_alignment, pulse })
     }
 
     /// As the operator named it.
@@ -214,7 +220,7 @@ fn direct_alignment(file: &File) -> (u32, u32) {
 
 impl Source for DiskFile {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
     }
 
     fn alignment(&self) -> u32 {
@@ -230,7 +236,7 @@ impl Source for DiskFile {
         }
         // Callers bring aligned buffers; this is for those who cannot.
         let start = offset - offset % ALIGNMENT as u64;
-        let end = (offset + buf.len() as u64).next_multiple_of(ALIGNMENT as u64).min(self.size);
+        let end = (offset + buf.len() as u64).next_multiple_of(ALIGNMENT as u64).min(self.size());
         let mut whole = AlignedBuffer::new((end - start) as usize);
         self.file.read_exact_at(&mut whole[..(end - start) as usize], start)?;
         let skip = (offset - start) as usize;
@@ -239,7 +245,7 @@ impl Source for DiskFile {
     }
 
     fn block_status(&self, offset: u64, limit: u64) -> io::Result<(BlockStatus, u64)> {
-        let limit = limit.min(self.size.saturating_sub(offset));
+        let limit = limit.min(self.size().saturating_sub(offset));
         let until = |end: u64| end.saturating_sub(offset).clamp(1, limit.max(1));
         match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
             Ok(data) if data > offset => Ok((BlockStatus::Hole, until(data))),
@@ -252,6 +258,20 @@ impl Source for DiskFile {
             // A block device, or a file system that cannot tell.
             Err(_) => Ok((BlockStatus::Data, limit)),
         }
+    }
+
+    fn resize(&self, size: u64) -> io::Result<()> {
+        if self.device {
+            let (there, ..) = block_device(&self.file)?;
+            if size != there {
+                let text = format!("Cannot resize device files: it has {there} bytes");
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+            }
+        } else if size != self.size() {
+            self.file.set_len(size)?;
+        }
+        self.size.store(size, Ordering::Release);
+        Ok(())
     }
 
     fn file_id(&self) -> Option<FileId> {

@@ -18,6 +18,7 @@ use std::sync::{Arc, Weak};
 use virtio_queue::Queue;
 
 use super::inflight::InflightQueue;
+use super::notices::Notices;
 use crate::memory::GuestMemory;
 
 /// Everything a ring needs to run, all of it checked.
@@ -67,6 +68,11 @@ pub trait Device: Send + Sync {
     /// `size` bytes of the configuration space from `offset` on, zero beyond its end: exactly
     /// `size` bytes, always.
     fn config(&self, offset: u32, size: u32) -> Vec<u8>;
+
+    /// Where the session leaves a way to tell the front end of changes, for as long as there is one.
+    fn notices(&self) -> Option<&Notices> {
+        None
+    }
 
     /// Starts a ring. It looks at the ring at once, as though kicked: requests may be waiting
     /// from before a reconnect.

@@ -13,10 +13,12 @@ mod error;
 mod handler;
 mod inflight;
 pub mod listen;
+mod notices;
 mod ring;
 pub mod serve;
 
 pub use api::{Device, Hangup, RingParts, RunningRing};
 pub use inflight::InflightQueue;
 pub use listen::{Endpoint, ListenError};
+pub use notices::Notices;
 pub use serve::{Session, Stopper};

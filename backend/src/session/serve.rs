@@ -21,6 +21,7 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 use super::api::{Device, Hangup};
 use super::handler::Handler;
 use super::listen::{Endpoint, Listener};
+use super::notices::next_channel;
 
 /// How long to leave `accept` alone after an error that is not the front end's, such as a full
 /// descriptor table.
@@ -200,6 +201,9 @@ fn serve(stream: UnixStream, device: &Arc<dyn Device>, stopper: &Stopper) {
     // A stop between the registration above and here is seen by the flag, a later one ends the
     // wait for a message.
     while !stopper.is_raised() {
+        if let (Some(notices), Some(channel)) = (device.notices(), next_channel(&*connection)) {
+            notices.set(Some(channel));
+        }
         match protocol.handle_request() {
             Ok(()) => {}
             Err(Error::Disconnected) => break,
@@ -211,6 +215,9 @@ fn serve(stream: UnixStream, device: &Arc<dyn Device>, stopper: &Stopper) {
         }
     }
     handler.lock().unwrap_or_else(PoisonError::into_inner).stop_rings();
+    if let Some(notices) = device.notices() {
+        notices.set(None);
+    }
     *stopper.connection() = None;
     // Whoever else still holds a copy of the descriptor: now it is closed.
     let _ = connection.shutdown(Shutdown::Both);

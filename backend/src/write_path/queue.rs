@@ -54,7 +54,6 @@ pub(super) struct QueueThread {
     kick: OwnedFd,
     call: Option<OwnedFd>,
     hangup: Hangup,
-    bounds: Bounds,
     rules: Rules,
     enabled: bool,
     stopping: bool,
@@ -82,7 +81,6 @@ impl QueueThread {
         resubmit.reverse();
         Ok(Self {
             rules,
-            bounds: shared.bounds,
             engine,
             lane,
             index: usize::from(parts.index),
@@ -207,17 +205,19 @@ impl QueueThread {
 
     #[cold]
     fn take_left_over(&mut self, snapshot: &Rc<MemorySnapshot>) {
+        let bounds = self.shared.bounds();
         while let Some(place) = self.table.free() {
             let Some(head) = self.resubmit.pop() else { return };
             let table = GuestAddress(self.ring.desc_table());
             let chain = SavedChain::new(snapshot, table, self.ring.size(), head);
-            self.take_chain(place, head, chain, snapshot);
+            self.take_chain(place, head, chain, snapshot, &bounds);
         }
     }
 
     /// Takes all that is available and has a place, and asks for a kick when more comes.
     fn take_all(&mut self, snapshot: &Rc<MemorySnapshot>) -> Result<(), virtio_queue::Error> {
         let memory = &***snapshot;
+        let bounds = self.shared.bounds();
         loop {
             self.ring.disable_notification(memory)?;
             while let Some(index) = self.table.free() {
@@ -227,7 +227,7 @@ impl QueueThread {
                 if let Some(inflight) = &mut self.inflight {
                     inflight.begin(head);
                 }
-                self.take_chain(index, head, chain, snapshot);
+                self.take_chain(index, head, chain, snapshot, &bounds);
             }
             if self.table.free().is_none() || !self.ring.enable_notification(memory)? {
                 return Ok(());
@@ -242,9 +242,10 @@ impl QueueThread {
         head: u16,
         chain: impl Iterator<Item = Descriptor>,
         snapshot: &Rc<MemorySnapshot>,
+        bounds: &Bounds,
     ) {
         let place = self.table.place(index);
-        match device::parse(chain, snapshot, &self.bounds, &mut place.iovecs) {
+        match device::parse(chain, snapshot, bounds, &mut place.iovecs) {
             Parsed::Request(request) => {
                 place.head = head;
                 place.memory = Some(Rc::clone(snapshot));
@@ -285,6 +286,7 @@ impl QueueThread {
             return;
         }
         let mut held: Vec<(usize, ByteRange, Arc<dyn Gate>)> = Vec::new();
+        let mut beyond: Vec<usize> = Vec::new();
         let passage = self.lane.enter();
         for &index in &self.changes {
             let place = self.table.place(index);
@@ -296,10 +298,14 @@ impl QueueThread {
                     self.ready.push(index);
                 }
                 Admitted::Held(gate) => held.push((index, range, gate)),
+                Admitted::Beyond => beyond.push(index),
             }
         }
         drop(passage);
         self.changes.clear();
+        for index in beyond {
+            self.finish(index, device::IOERR);
+        }
         for (index, range, gate) in held {
             let inbox = Arc::clone(&self.inbox);
             gate.hold(range, Box::new(move |verdict| inbox.send(Message::Decided(index, verdict))));

@@ -5,7 +5,8 @@ use super::queue::QueueThread;
 use crate::device::config::{ConfigSpace, Geometry, serial_bytes};
 use crate::device::request::{Bounds, ID_BYTES, Kind};
 use crate::disk::DiskFile;
-use crate::session::{Device, RingParts, RunningRing};
+use crate::session::{Device, Notices, RingParts, RunningRing};
+use blkmark_backup::node::Front;
 use blkmark_backup::source::Source;
 use blkmark_bitmap::Tracker;
 use std::io;
@@ -22,12 +23,18 @@ pub(super) struct Shared {
     pub(super) id: String,
     pub(super) disk: Arc<DiskFile>,
     pub(super) tracker: Arc<Tracker>,
-    pub(super) bounds: Bounds,
+    /// What requests are judged by, and what the guest is shown.
+    capacity: AtomicU64,
     pub(super) serial: [u8; ID_BYTES],
     errors: AtomicU64,
 }
 
 impl Shared {
+    /// What a request may ask for at this moment.
+    pub(super) fn bounds(&self) -> Bounds {
+        Bounds { capacity: self.capacity.load(Ordering::Acquire), read_only: self.disk.read_only() }
+    }
+
     #[cold]
     pub(super) fn log_error(&self, kind: Kind, offset: u64, len: u64, error: &io::Error) {
         let count = self.errors.fetch_add(1, Ordering::Relaxed) + 1;
@@ -43,6 +50,7 @@ pub struct ServedDisk {
     config: ConfigSpace,
     queues: u16,
     queue_size: u16,
+    notices: Notices,
 }
 
 impl ServedDisk {
@@ -60,12 +68,12 @@ impl ServedDisk {
         let shared = Shared {
             id: id.to_owned(),
             tracker: Tracker::new(capacity, usize::from(queues), usize::from(queue_size)),
-            bounds: Bounds { capacity, read_only: disk.read_only() },
+            capacity: AtomicU64::new(capacity),
             disk,
             serial: serial_bytes(serial),
             errors: AtomicU64::new(0),
         };
-        Self { shared: Arc::new(shared), config, queues, queue_size }
+        Self { shared: Arc::new(shared), config, queues, queue_size, notices: Notices::default() }
     }
 
     /// What clients call it.
@@ -84,6 +92,13 @@ impl ServedDisk {
     }
 }
 
+impl Front for ServedDisk {
+    fn set_capacity(&self, bytes: u64) {
+        self.shared.capacity.store(bytes, Ordering::Release);
+        self.notices.config_changed();
+    }
+}
+
 impl Device for ServedDisk {
     fn queues(&self) -> u16 {
         self.queues
@@ -93,12 +108,16 @@ impl Device for ServedDisk {
         self.queue_size
     }
 
+    fn notices(&self) -> Option<&Notices> {
+        Some(&self.notices)
+    }
+
     fn features(&self) -> u64 {
         self.config.features()
     }
 
     fn config(&self, offset: u32, size: u32) -> Vec<u8> {
-        self.config.read(offset, size)
+        self.config.with_capacity(self.shared.bounds().capacity).read(offset, size)
     }
 
     fn start(&self, parts: RingParts) -> io::Result<Box<dyn RunningRing>> {

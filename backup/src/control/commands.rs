@@ -5,7 +5,7 @@
 //! `dirty-bitmap` for `incremental`; and dotted names of `blockdev-add`.
 
 use super::schema::{EMPTY, Member, Object, Type, object, optional, required};
-use super::{Control, backup, bitmaps, jobs, nodes, queries, schema, transaction};
+use super::{Control, backup, bitmaps, jobs, nodes, queries, resize, schema, transaction};
 use crate::qmp::{Arguments, QmpError};
 use Type::{Bool, Int, Str};
 use serde_json::Value;
@@ -46,6 +46,7 @@ pub(super) static COMMANDS: &[Command] = &[
     order("block-job-pause", jobs::block_pause, &object(&[JOB_DEVICE])),
     order("block-job-resume", jobs::block_resume, &object(&[JOB_DEVICE])),
     order("block-job-set-speed", jobs::block_set_speed, &object(&[JOB_DEVICE, &[required("speed", Int)]])),
+    order("block_resize", resize::block_resize, &RESIZE),
     order("blockdev-add", nodes::add, &NODE),
     order("blockdev-backup", backup::blockdev_backup, &BLOCKDEV_BACKUP),
     order("blockdev-del", nodes::delete, &object(&[&[required("node-name", Str)]])),
@@ -335,6 +336,8 @@ static SERVER: Object = Object {
         ],
     )),
 };
+
+static RESIZE: Object = object(&[&[optional("device", Str), optional("node-name", Str), required("size", Int)]]);
 
 // ---- answers
 

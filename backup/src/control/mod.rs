@@ -4,7 +4,7 @@
 //! anything; one that is refused leaves nothing behind. Rooms: `commands` (which there are, and what they look like),
 //! `schema` (to tell it), `options` (members that several commands share), `nodes` (disks, and targets as nodes), `bitmaps`,
 //! `backup`, `transaction` (through which every change of bitmaps and every backup goes, alone or with others), `jobs`,
-//! `queries`.
+//! `queries`, `resize`.
 //!
 //! Invariant: every change of bitmaps or gates is one commit, made under the lock of the job registry; files are opened
 //! and created before that lock is taken.
@@ -18,6 +18,7 @@ mod jobs;
 mod nodes;
 mod options;
 mod queries;
+mod resize;
 mod schema;
 mod transaction;
 

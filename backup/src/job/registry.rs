@@ -511,8 +511,7 @@ impl Locked<'_> {
         let Some(at) = self.inner.entries.iter().position(|entry| entry.key == retry.key) else { return };
         let mut entry = self.inner.entries.remove(at);
         let Some(held) = entry.held.take() else { return };
-        // As a job of its own: whoever watches sees the old one go and the new one come.
-        self.jobs.set_status(&mut entry, Status::Null);
+        // A job of its own in all but its id: whoever watches sees `concluded` become `created`.
         let backup = Backup { held: Held { destination, claim, ..held }, target };
         self.start(vec![NewJob { id: entry.reservation, settings: entry.settings, backup }], false);
     }

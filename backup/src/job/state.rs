@@ -68,7 +68,7 @@ const FOLLOWERS: [(Status, &[Status]); 11] = [
     (Waiting, &[Pending, Aborting]),
     (Pending, &[Aborting, Concluded]),
     (Aborting, &[Aborting, Concluded]),
-    (Concluded, &[Null]),
+    (Concluded, &[Created, Null]),
     (Null, &[]),
 ];
 

@@ -4,7 +4,9 @@
 //! does; a connection is shut down from any thread, and everybody who waits on it wakes.
 
 use crate::target::Policy;
-use rustix::net::sockopt::{Timeout, set_socket_keepalive, set_socket_timeout};
+use rustix::net::sockopt::{
+    Timeout, set_socket_keepalive, set_socket_timeout, set_tcp_keepcnt, set_tcp_keepidle, set_tcp_keepintvl,
+};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
@@ -13,6 +15,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
+
+/// After this much silence a peer over TCP is asked whether it is there, and after as much again without a word it is gone.
+const KEEPALIVE: Duration = Duration::from_secs(60);
 
 /// Where a server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,6 +107,9 @@ impl Stream {
     pub fn tcp(stream: TcpStream) -> io::Result<Self> {
         stream.set_nodelay(true)?;
         set_socket_keepalive(&stream, true)?;
+        set_tcp_keepidle(&stream, KEEPALIVE)?;
+        set_tcp_keepintvl(&stream, KEEPALIVE / 6)?;
+        set_tcp_keepcnt(&stream, 6)?;
         Ok(Stream::Tcp(stream))
     }
 

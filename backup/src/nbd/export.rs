@@ -26,7 +26,7 @@ pub trait Export: Send + Sync {
 
     /// The size of requests that do best; a power of two, 512 to 32 MiB.
     fn preferred_block(&self) -> u32 {
-        64 << 10
+        4096
     }
 
     /// Fills `buf`.

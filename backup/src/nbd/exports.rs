@@ -6,6 +6,7 @@
 use super::export::{Export, Extent};
 use super::protocol::allocation;
 use crate::buffer::AlignedBuffer;
+use crate::node::Node;
 use crate::source::{BlockStatus, Source};
 use blkmark_bitmap::Bits;
 use std::io;
@@ -20,6 +21,17 @@ const DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
 /// The flag of dirty extents.
 const DIRTY: u32 = 1;
 
+/// Why a bitmap cannot be exported with a disk. The texts are QEMU's.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BitmapExportError {
+    /// The disk has none of this name.
+    #[error("Bitmap '{0}' is not found")]
+    NotFound(String),
+    /// It changes with every write of the guest's, and what a client reads would not fit to it.
+    #[error("Enabled bitmap '{0}' incompatible with readonly export")]
+    Enabled(String),
+}
+
 /// A disk or a point in time, read as it stands.
 pub struct SourceExport {
     source: Arc<dyn Source>,
@@ -30,6 +42,22 @@ impl SourceExport {
     /// Exports `source`, with the bits of named bitmaps of the same size.
     pub fn new(source: Arc<dyn Source>, bitmaps: Vec<(String, Bits)>) -> Self {
         Self { source, bitmaps }
+    }
+
+    /// Exports a served disk as it stands, with bitmaps of its own that do not change: frozen ones (the frozen set) and
+    /// disabled ones. One that is enabled will do if nobody writes to the disk.
+    pub fn of_node(node: &Node, bitmaps: &[String]) -> Result<Self, BitmapExportError> {
+        let infos = node.tracker.list();
+        let bits = |name: &String| {
+            let gone = || BitmapExportError::NotFound(name.clone());
+            let info = infos.iter().find(|info| info.name == *name).ok_or_else(gone)?;
+            if info.recording && info.frozen.is_none() && !node.read_only {
+                return Err(BitmapExportError::Enabled(name.clone()));
+            }
+            Ok((name.clone(), node.tracker.bits(name).map_err(|_| gone())?))
+        };
+        let bitmaps = bitmaps.iter().map(bits).collect::<Result<_, _>>()?;
+        Ok(Self::new(Arc::clone(&node.source), bitmaps))
     }
 
     fn allocation(&self, offset: u64, len: u64, most: usize) -> io::Result<Vec<Extent>> {
@@ -67,7 +95,7 @@ impl Export for SourceExport {
         if offset.is_multiple_of(unit) && (end.is_multiple_of(unit) || end == size) {
             return self.source.read_at(buf, offset);
         }
-        // Whole units around it, of which there are two more bytes' worth at most.
+        // The units that it touches, whole.
         let from = offset / unit * unit;
         let to = end.next_multiple_of(unit).min(size);
         let mut wide = AlignedBuffer::new((to - from) as usize);

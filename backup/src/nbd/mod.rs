@@ -25,7 +25,7 @@ mod transmission;
 pub use address::Address;
 pub use client::{Client, ClientError, ClientSettings, ExportInfo};
 pub use export::{Export, Extent};
-pub use exports::SourceExport;
+pub use exports::{BitmapExportError, SourceExport};
 pub use server::{ExportError, NbdServer, Removal, ServerError, ServerSettings};
 pub use target::NbdTarget;
 pub use tls::{TlsCredentials, TlsError};

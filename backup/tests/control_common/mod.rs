@@ -8,7 +8,8 @@ use blkmark_backup::qmp::{Commands, Event, Events, Subscription};
 use blkmark_backup::scratch::ScratchSettings;
 use blkmark_backup::source::{BlockStatus, FileId, Source};
 use blkmark_bitmap::tracker::Admitted;
-use blkmark_bitmap::{ByteRange, Lane, Tracker};
+use blkmark_bitmap::{ByteRange, Lane, Tracker, Verdict};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io;
@@ -30,6 +31,8 @@ pub struct FileSource {
     file: File,
     size: u64,
     pub broken: AtomicBool,
+    /// While it is locked, no read comes back.
+    pub hung: Mutex<()>,
 }
 
 impl Source for FileSource {
@@ -43,6 +46,7 @@ impl Source for FileSource {
         if self.broken.load(Ordering::SeqCst) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
+        drop(self.hung.lock().unwrap());
         self.file.read_exact_at(buf, offset)
     }
     fn block_status(&self, _: u64, limit: u64) -> io::Result<(BlockStatus, u64)> {
@@ -70,7 +74,7 @@ impl Disk {
         let path = dir.join(format!("{id}.disk"));
         let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
         file.set_len(size).unwrap();
-        let source = Arc::new(FileSource { file, size, broken: AtomicBool::new(false) });
+        let source = Arc::new(FileSource { file, size, broken: AtomicBool::new(false), hung: Mutex::new(()) });
         let tracker = Tracker::new(size, 1, 4);
         let lane = Mutex::new(tracker.lane(0).unwrap());
         let scratch = ScratchSettings { directory: dir.to_owned(), cap: scratch, memory: 1 << 20 };
@@ -85,30 +89,39 @@ impl Disk {
     }
 
     pub fn write_bytes(&self, offset: u64, bytes: &[u8]) {
-        self.admitted(offset, bytes.len() as u64, || self.source.file.write_all_at(bytes, offset).unwrap());
+        assert!(self.try_write(offset, bytes), "the write was refused");
+    }
+
+    /// A guest's write; whether it was let through.
+    pub fn try_write(&self, offset: u64, bytes: &[u8]) -> bool {
+        self.admitted(offset, bytes.len() as u64, || self.source.file.write_all_at(bytes, offset).unwrap())
     }
 
     /// A write that is admitted, and then fails without having written anything.
     pub fn ask(&self, offset: u64, len: u64) {
-        self.admitted(offset, len, || ());
+        assert!(self.admitted(offset, len, || ()), "the write was refused");
     }
 
-    fn admitted(&self, offset: u64, len: u64, write: impl FnOnce()) {
+    fn admitted(&self, offset: u64, len: u64, write: impl FnOnce()) -> bool {
         let range = ByteRange::new(offset, len);
         let mut lane = self.lane.lock().unwrap();
         loop {
             let admitted = lane.enter().admit(0, range);
             match admitted {
                 Admitted::Go => break,
+                Admitted::Beyond => panic!("a write beyond the end"),
                 Admitted::Held(gate) => {
                     let (tx, rx) = mpsc::channel();
-                    gate.hold(range, Box::new(move |_| tx.send(()).unwrap()));
-                    rx.recv_timeout(GIVE_UP).expect("a held write is let go");
+                    gate.hold(range, Box::new(move |verdict| tx.send(verdict).unwrap()));
+                    if rx.recv_timeout(GIVE_UP).expect("a held write is let go") == Verdict::Refused {
+                        return false;
+                    }
                 }
             }
         }
         write();
         lane.finish(0);
+        true
     }
 
     /// Writes whole clusters, each given by its number.
@@ -303,4 +316,25 @@ pub fn assert_same(got: &[u8], want: &[u8]) {
     if let Some(at) = got.iter().zip(want).position(|(a, b)| a != b) {
         panic!("differs at {at:#x} (cluster {}): {:#x}, not {:#x}", at as u64 / CLUSTER, got[at], want[at]);
     }
+}
+
+/// Files end here while the limit stands: half the disk.
+pub const LIMIT: u64 = 2 * MIB;
+
+/// Makes the kernel refuse writes past `limit` in this process, or takes that back.
+pub fn set_limit(limit: Option<u64>) {
+    // SAFETY: the signal of a write past the limit is ignored from here on, by a process of this test's own.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+    let maximum = getrlimit(Resource::Fsize).maximum;
+    setrlimit(Resource::Fsize, Rlimit { current: limit.or(maximum), maximum }).unwrap();
+}
+
+/// A disk full of ones with bitmap b, of which clusters 1, 2 and 40 are dirty twos, and target t.
+pub fn dirty_lab() -> Lab {
+    let lab = Lab::new(1);
+    lab.disks[0].dirty(0..64, 1);
+    lab.ok("block-dirty-bitmap-add", json!({ "node": "d0", "name": "b" }));
+    lab.disks[0].dirty([1, 2, 40], 2);
+    lab.raw_target("t", 4 * MIB);
+    lab
 }

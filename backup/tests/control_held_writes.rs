@@ -1,0 +1,109 @@
+//! The promise: when old data cannot be kept, or not in time, the operator's policy decides between the backup and the guest's
+//! write, and nothing else is lost: a backup that goes on is of its instant, a guest that goes on has all its writes.
+
+mod control_common;
+
+use control_common::*;
+use serde_json::{Value, json};
+
+/// A disk full of ones with bitmap b, all of it dirty, scratch for two clusters, and target t.
+fn lab() -> Lab {
+    let lab = Lab::with_scratch(&[4 * MIB], 2 * CLUSTER);
+    lab.ok("block-dirty-bitmap-add", json!({ "node": "d0", "name": "b" }));
+    lab.disks[0].dirty(0..64, 1);
+    lab.raw_target("t", 4 * MIB);
+    lab
+}
+
+/// A backup that copies nothing yet: it is paused before its speed lets it begin.
+fn start_paused(lab: &Lab, more: Value) {
+    let mut arguments = json!({ "job-id": "j", "device": "d0", "target": "t", "sync": "bitmap", "bitmap": "b",
+                                "bitmap-mode": "on-success", "speed": 1 });
+    for (name, value) in more.as_object().unwrap() {
+        arguments[name] = value.clone();
+    }
+    lab.ok("blockdev-backup", arguments);
+    lab.ok("job-pause", json!({ "id": "j" }));
+    lab.state("j", "paused");
+}
+
+fn finish(lab: &Lab) -> Value {
+    lab.ok("block-job-set-speed", json!({ "device": "j", "speed": 0 }));
+    lab.ok("job-resume", json!({ "id": "j" }));
+    let end = lab.event("BLOCK_JOB_COMPLETED");
+    lab.state("j", "null");
+    end["error"].clone()
+}
+
+#[test]
+fn break_guest_write_refuses_what_cannot_be_kept_and_the_backup_stays_whole() {
+    let lab = lab();
+    let instant = lab.disks[0].image();
+    start_paused(&lab, json!({ "on-cbw-error": "break-guest-write" }));
+    // From the end of the disk, where the copy has not been.
+    let through: Vec<u64> =
+        (0..64).rev().filter(|n| lab.disks[0].try_write(n * CLUSTER, &[2; CLUSTER as usize])).collect();
+    assert!(through.len() >= 2 && through.len() < 64, "{} of 64 writes fitted into scratch", through.len());
+    assert_eq!(finish(&lab), Value::Null);
+    assert_same(&std::fs::read(lab.path("t.raw")).unwrap(), &instant);
+    // Exactly what was let through is on the disk, and is what changed since.
+    let image = lab.disks[0].image();
+    for n in 0..64 {
+        let expect = if through.contains(&n) { 2 } else { 1 };
+        assert!(image[(n * CLUSTER) as usize..][..CLUSTER as usize].iter().all(|byte| *byte == expect), "cluster {n}");
+    }
+    let mut dirty = through;
+    dirty.sort_unstable();
+    assert_eq!(lab.disks[0].dirty_clusters("b"), dirty);
+}
+
+#[test]
+fn a_write_that_is_held_too_long_breaks_the_backup_and_goes_on() {
+    let lab = lab();
+    start_paused(&lab, json!({ "cbw-timeout": 1 }));
+    let hung = lab.disks[0].source.hung.lock().unwrap();
+    // The disk gives nothing back, so the old data cannot be kept; the write has to go on all the same.
+    lab.disks[0].write(63 * CLUSTER, CLUSTER, 2);
+    drop(hung);
+    assert_eq!(finish(&lab), "the point in time is broken: a guest write was held for 1 seconds");
+    assert_eq!(lab.disks[0].dirty_clusters("b"), (0..64).collect::<Vec<u64>>(), "the bitmap was reclaimed");
+}
+
+#[test]
+fn a_write_that_is_held_too_long_is_refused_if_the_backup_comes_first() {
+    let lab = lab();
+    let instant = lab.disks[0].image();
+    start_paused(&lab, json!({ "cbw-timeout": 1, "on-cbw-error": "break-guest-write" }));
+    let hung = lab.disks[0].source.hung.lock().unwrap();
+    assert!(!lab.disks[0].try_write(63 * CLUSTER, &[2; CLUSTER as usize]));
+    drop(hung);
+    assert_eq!(finish(&lab), Value::Null);
+    assert_same(&std::fs::read(lab.path("t.raw")).unwrap(), &instant);
+    assert_eq!(lab.disks[0].dirty_clusters("b"), [0_u64; 0]);
+}
+
+#[test]
+fn an_unreadable_disk_breaks_the_backup_and_not_the_guest() {
+    let lab = lab();
+    start_paused(&lab, json!({}));
+    lab.disks[0].source.broken.store(true, std::sync::atomic::Ordering::SeqCst);
+    lab.disks[0].write(63 * CLUSTER, CLUSTER, 2);
+    let error = finish(&lab);
+    assert_eq!(error, "the point in time is broken: scratch: Input/output error (os error 5)");
+}
+
+#[test]
+fn absurd_limits_are_refused() {
+    let lab = lab();
+    let start = |more: Value| {
+        let mut arguments = json!({ "device": "d0", "target": "t", "sync": "full" });
+        let (name, value) = more.as_object().unwrap().iter().next().unwrap();
+        arguments[name] = value.clone();
+        lab.err("blockdev-backup", arguments)
+    };
+    assert_eq!(start(json!({ "cbw-timeout": -1 })), "Parameter 'cbw-timeout' expects uint32_t");
+    assert_eq!(start(json!({ "on-cbw-error": "panic" })), "Parameter 'on-cbw-error' does not accept value 'panic'");
+    assert_eq!(start(json!({ "on-failure": "panic" })), "Parameter 'on-failure' does not accept value 'panic'");
+    assert_eq!(start(json!({ "speed": -1 })), "Parameter 'speed' expects a non-negative value");
+    assert_eq!(lab.jobs(), json!([]));
+}
