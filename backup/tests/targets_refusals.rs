@@ -4,6 +4,8 @@ mod targets_common;
 
 use blkmark_backup::source::FileId;
 use blkmark_backup::target::{self, CreateOptions, Format, Policy, TargetError};
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 use targets_common::*;
@@ -64,16 +66,30 @@ fn an_existing_file_is_never_created_over_unasked() {
 }
 
 #[test]
-fn asked_to_it_empties_and_reuses_the_file() {
+fn asked_to_it_replaces_the_file_when_it_is_accepted_and_no_sooner() {
     let dir = dir();
     for format in FORMATS {
         let path = dir.path().join("reused");
-        std::fs::write(&path, vec![7; 3 << 20]).unwrap();
-        let before = id(&path);
-        let target = target::create(&path, format, &overwriting(MIB), &Policy::default()).unwrap();
+        let old = vec![7; 3 << 20];
+        std::fs::write(&path, &old).unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(0o640)).unwrap();
+        let create = || target::create(&path, format, &overwriting(MIB), &Policy::default());
+        // Refused after all, in one way or the other: nothing is left, and nothing was changed.
+        create().unwrap().abandon().unwrap();
+        drop(create().unwrap());
+        assert!(std::fs::read(&path).unwrap() == old);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+
+        let target = create().unwrap();
         assert!(target.reads_zero());
-        assert_eq!(target.file_id(), Some(before));
+        assert!(std::fs::read(&path).unwrap() == old);
+        let again = create().map(|_| ()).unwrap_err();
+        assert!(matches!(again, TargetError::Locked(_)), "{again}");
+        target.accept().unwrap();
+        assert_eq!(target.file_id(), Some(id(&path)));
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o640);
         target.conclude().unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
         // It was there before: abandoning does not remove it.
         target.abandon().unwrap();
         drop(target);

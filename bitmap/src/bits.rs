@@ -6,17 +6,25 @@
 use crate::units::{ByteRange, Granularity};
 use sha2::{Digest, Sha256};
 use std::fmt::Write as _;
+use std::ops::Range;
 
 const WORD: u64 = 64;
 
+/// Words of a block, the unit in which it is noted where bits are set at all: 512 bytes of bits.
+const BLOCK: usize = 64;
+
 /// The dirty bits of a disk of `size` bytes, one for each `granularity` bytes.
 ///
-/// Memory is taken from the system zeroed and untouched: an empty map of a 64 TiB disk costs address space, not RAM.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Memory is taken from the system zeroed and untouched: an empty map of a 64 TiB disk costs address space, not RAM. A
+/// summary notes which blocks of words may hold a bit, so that whatever walks the set (counts, copies, unions, runs)
+/// costs what is dirty and not what there is.
+#[derive(Debug)]
 pub struct Bits {
     granularity: Granularity,
     size: u64,
     words: Box<[u64]>,
+    /// One bit a block. A set bit may stand over a block that was cleared; a clear one never over a bit.
+    blocks: Box<[u64]>,
 }
 
 /// The mask of bits `from..to` of one word, `from < to <= 64`.
@@ -25,7 +33,7 @@ pub(crate) fn mask(from: u64, to: u64) -> u64 {
 }
 
 /// Splits a run of bits into `(word, mask)` pieces.
-pub(crate) fn pieces(bits: std::ops::Range<u64>) -> impl Iterator<Item = (usize, u64)> {
+pub(crate) fn pieces(bits: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
     let mut at = bits.start;
     std::iter::from_fn(move || {
         if at >= bits.end {
@@ -43,10 +51,56 @@ pub(crate) fn words_for(granularity: Granularity, size: u64) -> usize {
     granularity.bits_for(size).div_ceil(WORD) as usize
 }
 
+/// Words of a summary over `words` words.
+pub(crate) fn summary_for(words: usize) -> usize {
+    words.div_ceil(BLOCK).div_ceil(WORD as usize)
+}
+
+/// Where in a summary a word's block is noted: `(word of the summary, mask)`.
+pub(crate) fn note(word: usize) -> (usize, u64) {
+    let block = word / BLOCK;
+    (block / WORD as usize, 1 << (block % WORD as usize))
+}
+
+/// The words of the blocks that one word of a summary notes.
+pub(crate) fn noted(at: usize, mut summary: u64, words: usize) -> impl Iterator<Item = Range<usize>> {
+    std::iter::from_fn(move || {
+        if summary == 0 {
+            return None;
+        }
+        let start = (at * WORD as usize + summary.trailing_zeros() as usize) * BLOCK;
+        summary &= summary - 1;
+        Some(start..(start + BLOCK).min(words))
+    })
+}
+
+impl Clone for Bits {
+    fn clone(&self) -> Self {
+        let mut bits = Bits::new(self.granularity, self.size);
+        for words in self.touched() {
+            bits.words[words.clone()].copy_from_slice(&self.words[words]);
+        }
+        bits.blocks.copy_from_slice(&self.blocks);
+        bits
+    }
+}
+
+impl PartialEq for Bits {
+    fn eq(&self, other: &Self) -> bool {
+        let same = |words: Range<usize>| self.words[words.clone()] == other.words[words];
+        (self.granularity, self.size) == (other.granularity, other.size)
+            && self.touched().all(same)
+            && other.touched().all(same)
+    }
+}
+
+impl Eq for Bits {}
+
 impl Bits {
     /// No bit set.
     pub fn new(granularity: Granularity, size: u64) -> Self {
-        Self { granularity, size, words: vec![0; words_for(granularity, size)].into() }
+        let words = words_for(granularity, size);
+        Self { granularity, size, words: vec![0; words].into(), blocks: vec![0; summary_for(words)].into() }
     }
 
     /// Every bit set.
@@ -56,14 +110,17 @@ impl Bits {
         bits
     }
 
-    /// Takes over words that follow this type's layout; bits past the end are dropped.
-    pub(crate) fn from_words(granularity: Granularity, size: u64, mut words: Box<[u64]>) -> Self {
-        debug_assert_eq!(words.len(), words_for(granularity, size));
-        let tail = granularity.bits_for(size) % WORD;
-        if let (Some(last), true) = (words.last_mut(), tail != 0) {
-            *last &= mask(0, tail);
-        }
-        Self { granularity, size, words }
+    /// The words that may hold bits, block by block.
+    fn touched(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        let words = self.words.len();
+        self.blocks.iter().enumerate().flat_map(move |(at, summary)| noted(at, *summary, words))
+    }
+
+    /// Sets the bits of `mask` in word `word`; none of them may lie past the end.
+    pub(crate) fn set_in_word(&mut self, word: usize, mask: u64) {
+        self.words[word] |= mask;
+        let (at, block) = note(word);
+        self.blocks[at] |= block;
     }
 
     /// Bytes a bit stands for.
@@ -76,14 +133,14 @@ impl Bits {
         self.size
     }
 
-    fn clamp(&self, range: ByteRange) -> std::ops::Range<u64> {
+    fn clamp(&self, range: ByteRange) -> Range<u64> {
         self.granularity.cover(range.intersection(ByteRange::new(0, self.size)))
     }
 
     /// Sets every bit that `range` touches; what lies past the end of the disk is ignored.
     pub fn set(&mut self, range: ByteRange) {
         for (word, mask) in pieces(self.clamp(range)) {
-            self.words[word] |= mask;
+            self.set_in_word(word, mask);
         }
     }
 
@@ -106,22 +163,24 @@ impl Bits {
 
     /// Number of set bits.
     pub fn set_bits(&self) -> u64 {
-        self.words.iter().map(|word| u64::from(word.count_ones())).sum()
+        self.touched().flat_map(|words| &self.words[words]).map(|word| u64::from(word.count_ones())).sum()
     }
 
     /// Whether no bit is set.
     pub fn is_empty(&self) -> bool {
-        self.words.iter().all(|&word| word == 0)
+        self.touched().flat_map(|words| &self.words[words]).all(|&word| word == 0)
     }
 
     /// Adds every bit of `other`, whatever its granularity: a bit here is set if any byte of it is dirty there.
     /// What lies past the end of this disk is ignored: `other` may be of before a resize.
     pub fn union(&mut self, other: &Bits) {
         if self.granularity == other.granularity && self.size == other.size {
-            for (word, add) in self.words.iter_mut().zip(&other.words) {
-                // Test first: an untouched page of a sparse map stays untouched.
-                if *add != 0 {
-                    *word |= add;
+            for words in other.touched() {
+                for word in words {
+                    // Test first: an untouched page of a sparse map stays untouched.
+                    if other.words[word] != 0 {
+                        self.set_in_word(word, other.words[word]);
+                    }
                 }
             }
         } else {
@@ -138,16 +197,33 @@ impl Bits {
         bits
     }
 
+    /// The first bit from `from` on that is `value`.
     fn next(&self, from: u64, value: bool) -> Option<u64> {
         let end = self.granularity.bits_for(self.size);
         let flip = if value { 0 } else { u64::MAX };
         let mut word = (from / WORD) as usize;
         let mut current = (self.words.get(word)? ^ flip) & (u64::MAX << (from % WORD));
         while current == 0 {
-            word += 1;
+            word = if value { self.next_touched(word + 1)? } else { word + 1 };
             current = self.words.get(word)? ^ flip;
         }
         Some(word as u64 * WORD + u64::from(current.trailing_zeros())).filter(|&bit| bit < end)
+    }
+
+    /// `word`, or the first word of the next block that may hold a bit.
+    fn next_touched(&self, word: usize) -> Option<usize> {
+        let (mut at, block) = note(word);
+        let mut summary = *self.blocks.get(at)?;
+        if summary & block != 0 {
+            return Some(word);
+        }
+        // Blocks behind this one.
+        summary &= !(block | (block - 1));
+        while summary == 0 {
+            at += 1;
+            summary = *self.blocks.get(at)?;
+        }
+        noted(at, summary, self.words.len()).next().map(|words| words.start)
     }
 
     /// The maximal dirty ranges in ascending order, the last cut at the end of the disk.

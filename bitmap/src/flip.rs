@@ -5,7 +5,7 @@
 //! generation and watched, gates are armed. A write acknowledged before the instant is in every image of it, a write
 //! issued after it is in none, on all disks together.
 
-use crate::admission::{Admission, NotQuiescent};
+use crate::admission::{Admission, Held, NotQuiescent};
 use crate::gate::Gate;
 use crate::inflight::PreCut;
 use crate::live::LiveMap;
@@ -13,15 +13,22 @@ use crate::named::{DirtySet, Draft, Frozen};
 use crate::sync::{MutexGuard, Ordering, lock};
 use crate::tracker::{Control, Hot, Tracker};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// How often `hold_all` asks before the patience of a commit ends, when there is no clock (models).
 #[cfg(any(loom, shuttle))]
 const ROUNDS: u32 = 1000;
 
-/// How long a commit waits for a queue thread to leave its critical section. Sections last microseconds; only a thread
-/// that the host does not let run takes longer, and then the transaction fails with nothing changed.
+/// How long queues are held out while one of their threads has not left its critical section. Sections last microseconds;
+/// only a thread that the host does not let run takes longer, and the guests of the others must not pay for that.
 #[cfg(not(any(loom, shuttle)))]
-const PATIENCE: std::time::Duration = std::time::Duration::from_millis(20);
+const PATIENCE: Duration = Duration::from_millis(2);
+
+/// How often a commit tries again after that, and the time it leaves to the queues in between: over a second in all.
+#[cfg(not(any(loom, shuttle)))]
+const TRIES: usize = 500;
+#[cfg(not(any(loom, shuttle)))]
+const BREATH: Duration = Duration::from_millis(1);
 
 /// One disk's part of a commit: its draft, under its control lock.
 ///
@@ -92,6 +99,8 @@ pub struct Cut {
     pub closed: u64,
     /// The writes that were in flight.
     pub pre_cut: Arc<PreCut>,
+    /// For how long queue threads were held out, at most; the same for all disks of a commit.
+    pub held: Duration,
 }
 
 /// Puts the drafts of all `commits` in force at one instant; the answers are in the same order. On an error nothing
@@ -105,7 +114,7 @@ pub fn commit(commits: Vec<Commit<'_>>) -> Result<Vec<Cut>, NotQuiescent> {
     let admissions: Vec<&Admission<Hot>> = commits.iter().map(|c| &c.tracker.admission).collect();
 
     let mut cuts = Vec::with_capacity(commits.len());
-    let mut held = Admission::hold_all(&admissions, patience())?;
+    let (mut held, began) = hold(&admissions)?;
     for (i, held) in held.iter_mut().enumerate() {
         held.with(|hot| {
             hot.live.clone_from(&next[i]);
@@ -119,10 +128,11 @@ pub fn commit(commits: Vec<Commit<'_>>) -> Result<Vec<Cut>, NotQuiescent> {
         });
     }
     drop(held);
+    let lasted = since(began);
 
     for (((mut commit, next), gates), watched) in commits.into_iter().zip(next).zip(gates).zip(room) {
         let pre_cut = Arc::new(commit.tracker.lanes.pre_cut(watched));
-        cuts.push(Cut { closed: commit.control.generation, pre_cut });
+        cuts.push(Cut { closed: commit.control.generation, pre_cut, held: lasted });
         let closed = std::mem::replace(&mut commit.control.live, next);
         commit.control.generation += 1;
         commit.control.gates = gates;
@@ -131,6 +141,26 @@ pub fn commit(commits: Vec<Commit<'_>>) -> Result<Vec<Cut>, NotQuiescent> {
         commit.control.bitmaps = commit.draft;
     }
     Ok(cuts)
+}
+
+/// Holds all queues out, and tells since when.
+#[cfg(not(any(loom, shuttle)))]
+fn hold<'a>(admissions: &[&'a Admission<Hot>]) -> Result<(Vec<Held<'a, Hot>>, Moment), NotQuiescent> {
+    for _ in 1..TRIES {
+        let began = now();
+        match Admission::hold_all(admissions, patience()) {
+            Ok(held) => return Ok((held, began)),
+            // The thread that is inside needs a processor, perhaps this one.
+            Err(NotQuiescent) => std::thread::sleep(BREATH),
+        }
+    }
+    let began = now();
+    Ok((Admission::hold_all(admissions, patience())?, began))
+}
+
+#[cfg(any(loom, shuttle))]
+fn hold<'a>(admissions: &[&'a Admission<Hot>]) -> Result<(Vec<Held<'a, Hot>>, Moment), NotQuiescent> {
+    Ok((Admission::hold_all(admissions, patience())?, now()))
 }
 
 #[cfg(not(any(loom, shuttle)))]
@@ -155,4 +185,29 @@ fn patience() -> impl FnMut() -> bool {
         left = left.saturating_sub(1);
         left > 0
     }
+}
+
+#[cfg(not(any(loom, shuttle)))]
+use std::time::Instant as Moment;
+
+/// Models have no clock.
+#[cfg(any(loom, shuttle))]
+type Moment = ();
+
+#[cfg(not(any(loom, shuttle)))]
+fn now() -> Moment {
+    Moment::now()
+}
+
+#[cfg(not(any(loom, shuttle)))]
+fn since(began: Moment) -> Duration {
+    began.elapsed()
+}
+
+#[cfg(any(loom, shuttle))]
+fn now() -> Moment {}
+
+#[cfg(any(loom, shuttle))]
+fn since((): Moment) -> Duration {
+    Duration::ZERO
 }

@@ -4,7 +4,7 @@
 //! Orderings are relaxed throughout. What makes a mark visible to the flip is the marker's leaving of its critical
 //! section (`admission`); a reader beside live marking (a query) sees a subset that only grows.
 
-use crate::bits::{Bits, pieces, words_for};
+use crate::bits::{Bits, note, noted, pieces, summary_for, words_for};
 use crate::sync::{AtomicU64, Ordering};
 use crate::units::{ByteRange, Granularity};
 use std::fmt;
@@ -14,6 +14,8 @@ pub struct LiveMap {
     granularity: Granularity,
     size: u64,
     words: Box<[AtomicU64]>,
+    /// One bit a block of words that may hold a bit, as in [`Bits`].
+    blocks: Box<[AtomicU64]>,
 }
 
 #[cfg(not(any(loom, shuttle)))]
@@ -31,7 +33,8 @@ fn zeroed(words: usize) -> Box<[AtomicU64]> {
 impl LiveMap {
     /// No bit set.
     pub fn new(granularity: Granularity, size: u64) -> Self {
-        Self { granularity, size, words: zeroed(words_for(granularity, size)) }
+        let words = words_for(granularity, size);
+        Self { granularity, size, words: zeroed(words), blocks: zeroed(summary_for(words)) }
     }
 
     /// Bytes a bit stands for.
@@ -46,12 +49,17 @@ impl LiveMap {
     /// Sets every bit that `range` touches. Allocates nothing, waits for nothing.
     #[inline]
     pub fn mark(&self, range: ByteRange) {
-        for (word, mask) in pieces(self.clamp(range)) {
-            let word = &self.words[word];
+        for (index, mask) in pieces(self.clamp(range)) {
+            let word = &self.words[index];
             // Test before setting: a write to a block that is dirty already must not take the cache line away from
             // the other threads.
             if word.load(Ordering::Relaxed) & mask != mask {
                 word.fetch_or(mask, Ordering::Relaxed);
+                // Who finds the bit set need not look here: whoever set it does, before it leaves its section.
+                let (at, block) = note(index);
+                if self.blocks[at].load(Ordering::Relaxed) & block == 0 {
+                    self.blocks[at].fetch_or(block, Ordering::Relaxed);
+                }
             }
         }
     }
@@ -68,18 +76,18 @@ impl LiveMap {
         pieces(self.clamp(range)).all(|(word, mask)| self.words[word].load(Ordering::Relaxed) & mask == mask)
     }
 
-    /// A plain copy at the map's own granularity.
+    /// A plain copy at the map's own granularity. Only what was marked is looked at, and takes memory in the copy.
     pub fn to_bits(&self) -> Bits {
-        // Pages of a sparse map that were never marked are read, not written, so they stay without memory here; the
-        // copy is written only where there is something to write.
-        let mut bits = vec![0u64; self.words.len()].into_boxed_slice();
-        for (bit, word) in bits.iter_mut().zip(&self.words) {
-            let word = word.load(Ordering::Relaxed);
-            if word != 0 {
-                *bit = word;
+        let mut bits = Bits::new(self.granularity, self.size);
+        for (at, summary) in self.blocks.iter().enumerate() {
+            for word in noted(at, summary.load(Ordering::Relaxed), self.words.len()).flatten() {
+                let mask = self.words[word].load(Ordering::Relaxed);
+                if mask != 0 {
+                    bits.set_in_word(word, mask);
+                }
             }
         }
-        Bits::from_words(self.granularity, self.size, bits)
+        bits
     }
 
     /// Adds every bit to `bits`, whatever its granularity.

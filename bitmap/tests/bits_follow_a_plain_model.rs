@@ -30,6 +30,17 @@ prop_compose! {
     }
 }
 
+prop_compose! {
+    /// Large enough for many summaries, with little in it.
+    fn large_disk()(size in 1u64..8 << 30, shift in 9u32..13) -> (u64, Granularity) {
+        (size, Granularity::new(1 << shift).unwrap())
+    }
+}
+
+fn scattered() -> impl Strategy<Value = Vec<ByteRange>> {
+    prop::collection::vec((0u64..8 << 30, 0u64..100_000).prop_map(|(start, len)| ByteRange::new(start, len)), 0..12)
+}
+
 fn ranges() -> impl Strategy<Value = Vec<ByteRange>> {
     prop::collection::vec((0u64..5_000_000, 0u64..300_000).prop_map(|(start, len)| ByteRange::new(start, len)), 0..12)
 }
@@ -49,6 +60,29 @@ proptest! {
         prop_assert_eq!(bits.dirty_bytes(), model.len() as u64 * g.bytes());
         prop_assert_eq!(bits.is_empty(), model.is_empty());
         prop_assert_eq!(live.to_bits(), bits);
+    }
+
+    #[test]
+    fn a_large_and_sparse_set_is_walked_whole(
+        (size, g) in large_disk(), ours in scattered(), theirs in scattered(), gone in scattered(),
+    ) {
+        let (mut bits, live) = (Bits::new(g, size), LiveMap::new(g, size));
+        for range in &ours {
+            bits.set(*range);
+            live.mark(*range);
+        }
+        prop_assert_eq!(of_bits(&bits), granules(&ours, g, size));
+        prop_assert_eq!(&live.to_bits(), &bits);
+        prop_assert_eq!(&bits.clone(), &bits);
+        let mut other = Bits::new(g, size);
+        theirs.iter().for_each(|range| other.set(*range));
+        prop_assert_eq!(bits == other, granules(&ours, g, size) == granules(&theirs, g, size));
+        bits.union(&other);
+        gone.iter().for_each(|range| bits.clear(*range));
+        let all: BTreeSet<u64> = granules(&ours, g, size).union(&granules(&theirs, g, size)).copied().collect();
+        let left: BTreeSet<u64> = all.difference(&granules(&gone, g, size)).copied().collect();
+        prop_assert_eq!((bits.set_bits(), bits.is_empty()), (left.len() as u64, left.is_empty()));
+        prop_assert_eq!(of_bits(&bits), left);
     }
 
     #[test]

@@ -120,7 +120,8 @@ impl CopyControl {
     pub(super) fn begin(&self, plan: &Bits, total: u64) {
         self.change(|flow| {
             flow.total = total;
-            flow.uncopied = Some(plan.clone());
+            // Unlike a clone it leaves alone the memory of what is not in the plan.
+            flow.uncopied = Some(plan.at(plan.granularity()));
         });
     }
 

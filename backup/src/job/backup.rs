@@ -151,12 +151,16 @@ impl Backup {
         on_fatal: &dyn Fn(&io::Error),
     ) -> Outcome {
         let plan = self.held.point.clusters();
-        let copied = match self.held.content {
+        let accepted = self.target.accept().map_err(|error| {
+            on_fatal(&error);
+            Failure::Error(os_text(&error))
+        });
+        let copied = accepted.and_then(|()| match self.held.content {
             Content::Wanted => {
                 copy::run(&self.held.point, &plan, &*self.target, control, on_error).map_err(Failure::from)
             }
             Content::Overwritten => self.follow(control, on_error),
-        };
+        });
         let result = copied.and_then(|()| self.conclude(on_fatal));
         let kept = match &result {
             Ok(()) => true,

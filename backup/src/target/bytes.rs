@@ -9,6 +9,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -130,6 +131,18 @@ impl Bytes {
             at += n;
         }
         Ok(())
+    }
+
+    /// Waits for what was sent to the disk by the last call, and sends what is in the page cache since. It only helps: what
+    /// the kernel cannot do is left to the sync. An error of the disk counts as one of a sync, for the kernel tells it once.
+    pub fn write_behind(&self) {
+        let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE;
+        // SAFETY: an open descriptor and three numbers; 0 bytes means up to the end.
+        let result = unsafe { libc::sync_file_range(self.file.as_raw_fd(), 0, 0, flags) };
+        let helpless = [libc::EINVAL, libc::ENOSYS, libc::ESPIPE, libc::EINTR];
+        if result != 0 && !io::Error::last_os_error().raw_os_error().is_some_and(|errno| helpless.contains(&errno)) {
+            self.sync_failed.store(true, Ordering::Release);
+        }
     }
 
     /// Waits until data and metadata are on the medium. Once failed, always failed.

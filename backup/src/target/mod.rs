@@ -47,6 +47,12 @@ pub trait Target: Send + Sync {
     /// Freshly made and without backing: what was not written yet reads as zeroes, so zeroes need not be written.
     fn reads_zero(&self) -> bool;
 
+    /// It is wanted: where it was made to replace another file, it takes that one's name. To be called before the first write;
+    /// until then the other file is as it was.
+    fn accept(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Writes all of `buf`. Called from several workers at once, on disjoint ranges. A range past the end is refused
     /// with `InvalidInput` and nothing is written.
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
@@ -147,7 +153,7 @@ pub struct CreateOptions {
     pub cluster_size: Option<u64>,
     /// qcow2 only.
     pub backing: Option<Backing>,
-    /// QEMU's `absolute-paths`: an existing regular file is emptied and reused. Otherwise it is refused.
+    /// QEMU's `absolute-paths`: an existing regular file is replaced, in [`Target::accept`]. Otherwise it is refused.
     pub overwrite: bool,
 }
 

@@ -13,12 +13,19 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Backups hold what the disk holds: for their owner alone.
 const NEW_FILE_MODE: Mode = Mode::from_raw_mode(0o600);
 
 /// openat2 may ask to try again while other names beneath the root are being renamed.
 const OPENAT2_TRIES: u32 = 100;
+
+/// How often a name is looked for that nobody has.
+const BESIDE_TRIES: u32 = 16;
+
+/// Tells the files apart that this process makes beside others.
+static BESIDE: AtomicU64 = AtomicU64::new(0);
 
 /// A name in an opened directory.
 #[derive(Debug)]
@@ -78,15 +85,46 @@ impl Place {
         Ok(File::from(rustix::fs::openat(&self.dir, &self.name, flags, NEW_FILE_MODE)?))
     }
 
-    /// Removes the name, if it still leads to `file`.
-    pub fn remove(&self, file: &File) -> io::Result<()> {
+    /// Makes a new, empty file beside this one, of the same owner and mode as `like` as far as that can be, under a name that
+    /// nobody has.
+    pub fn create_beside(&self, like: &File) -> io::Result<(Self, File)> {
+        let stat = rustix::fs::fstat(like)?;
+        for _ in 0..BESIDE_TRIES {
+            let number = BESIDE.fetch_add(1, Ordering::Relaxed);
+            let name = format!(".blkmark-{}-{number}.new", std::process::id());
+            let beside = Self { dir: self.dir.try_clone()?, name: name.into() };
+            let file = match beside.create() {
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
+                made => made?,
+            };
+            let owner = (rustix::fs::Uid::from_raw(stat.st_uid), rustix::fs::Gid::from_raw(stat.st_gid));
+            // Whoever may not give files away keeps it.
+            let _ = rustix::fs::fchown(&file, Some(owner.0), Some(owner.1));
+            let _ = rustix::fs::fchmod(&file, Mode::from_raw_mode(stat.st_mode & 0o7777));
+            return Ok((beside, file));
+        }
+        Err(Errno::EXIST.into())
+    }
+
+    /// Whether the name still leads to `file`.
+    pub fn leads_to(&self, file: &File) -> io::Result<bool> {
         let here = match rustix::fs::statat(&self.dir, &self.name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => stat,
-            Err(Errno::NOENT) => return Ok(()),
+            Err(Errno::NOENT) => return Ok(false),
             Err(e) => return Err(e.into()),
         };
         let id = file_id(file)?;
-        if (here.st_dev, here.st_ino) != (id.device, id.inode) {
+        Ok((here.st_dev, here.st_ino) == (id.device, id.inode))
+    }
+
+    /// What `beside` names has this name from now on, in one step.
+    pub fn take_over(&self, beside: &Self) -> io::Result<()> {
+        Ok(rustix::fs::renameat(&beside.dir, &beside.name, &self.dir, &self.name)?)
+    }
+
+    /// Removes the name, if it still leads to `file`.
+    pub fn remove(&self, file: &File) -> io::Result<()> {
+        if !self.leads_to(file)? {
             return Ok(());
         }
         Ok(rustix::fs::unlinkat(&self.dir, &self.name, AtFlags::empty())?)

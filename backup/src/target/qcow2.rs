@@ -239,7 +239,12 @@ impl Target for Qcow2Target {
         self.writer()?.flush()
     }
 
+    fn accept(&self) -> io::Result<()> {
+        self.draft.accept()
+    }
+
     fn conclude(&self) -> io::Result<()> {
+        self.accept()?;
         let mut writer = self.writer()?;
         writer.flush()?;
         if writer.marked {

@@ -17,6 +17,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 /// A page: what is written in whole pages needs nothing read.
 const CLUSTER: u64 = 4096;
@@ -30,6 +31,9 @@ pub(super) struct RawTarget {
     ids: [FileId; 1],
     /// The same file past the page cache; locks and lengths stay with the descriptor of the draft.
     direct: Option<File>,
+    /// Who writes through the page cache. The kernel lets only one do so at a time, and has the others spin.
+    /// Holds how much of that was not sent to the disk yet.
+    cached: Mutex<u64>,
 }
 
 impl RawTarget {
@@ -61,22 +65,47 @@ impl RawTarget {
         draft.keep();
         let ids = [draft.bytes.id()];
         let direct = open_direct(draft.bytes.file());
-        Self { draft, size, reads_zero, path: path.to_owned(), ids, direct }
+        Self { draft, size, reads_zero, path: path.to_owned(), ids, direct, cached: Mutex::new(0) }
+    }
+
+    fn write_cached(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        let mut waiting = self.cached.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        self.draft.bytes.write_at(buf, offset)?;
+        *waiting += buf.len() as u64;
+        if *waiting >= BEHIND && self.direct.is_some() {
+            *waiting = 0;
+            self.draft.bytes.write_behind();
+        }
+        Ok(())
     }
 }
+
+/// The kernel's number for tmpfs, which takes O_DIRECT and has nothing but a page cache.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
 
 /// Opens it anew, through no name that anybody could have changed. Without /proc, or where the file system refuses, what
 /// there is will do.
 fn open_direct(file: &File) -> Option<File> {
+    if rustix::fs::fstatfs(file).is_ok_and(|system| system.f_type as u64 == TMPFS_MAGIC) {
+        return None;
+    }
     let flags = OFlags::WRONLY | OFlags::DIRECT | OFlags::CLOEXEC;
     let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
     rustix::fs::open(itself, flags, Mode::empty()).ok().map(File::from)
 }
 
-/// Whether direct I/O takes it, on any device that Linux knows.
-fn is_aligned(buf: &[u8], offset: u64) -> bool {
+/// Writes that are smaller than this are left to the page cache: scattered over a sparse file, direct ones are slow, since
+/// each allocates for itself, while the cache brings them to the disk in order.
+const SMALL: usize = 128 * 1024;
+
+/// So much in the page cache is sent on its way to the disk at once, and waited for when as much again is there: what is
+/// left for the end, and what the kernel might write in one burst, is no more than twice this.
+const BEHIND: u64 = 128 << 20;
+
+/// Whether it is worth direct I/O, and direct I/O takes it, on any device that Linux knows.
+fn goes_direct(buf: &[u8], offset: u64) -> bool {
     let aligned = |number: u64| number.is_multiple_of(ALIGNMENT as u64);
-    aligned(buf.as_ptr().addr() as u64) && aligned(buf.len() as u64) && aligned(offset)
+    buf.len() >= SMALL && aligned(buf.as_ptr().addr() as u64) && aligned(buf.len() as u64) && aligned(offset)
 }
 
 impl Target for RawTarget {
@@ -95,12 +124,12 @@ impl Target for RawTarget {
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         check_range(offset, buf.len() as u64, self.size)?;
         match &self.direct {
-            Some(direct) if is_aligned(buf, offset) => match direct.write_all_at(buf, offset) {
+            Some(direct) if goes_direct(buf, offset) => match direct.write_all_at(buf, offset) {
                 // Not on this device, or not this range of it, after all.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.draft.bytes.write_at(buf, offset),
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.write_cached(buf, offset),
                 done => done,
             },
-            _ => self.draft.bytes.write_at(buf, offset),
+            _ => self.write_cached(buf, offset),
         }
     }
 
@@ -113,7 +142,12 @@ impl Target for RawTarget {
         self.draft.bytes.sync()
     }
 
+    fn accept(&self) -> io::Result<()> {
+        self.draft.accept()
+    }
+
     fn conclude(&self) -> io::Result<()> {
+        self.accept()?;
         self.flush()?;
         self.draft.sync_name()
     }

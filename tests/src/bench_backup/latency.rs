@@ -1,5 +1,6 @@
 //! The guest scene: what requests at a steady rate wait, idle and during a full backup to targets of several speeds.
 
+use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -83,7 +84,12 @@ fn one(options: &Options, place: &Place, contender: Contender, speed: Speed) -> 
             }
             Ok(())
         };
-        let backup = server.backup(false, patience, &mut meanwhile);
+        let mut backup = server.backup(false, patience, &mut meanwhile);
+        if let (Ok(backup), Speed::Fast) = (&mut backup, speed) {
+            // A backup that the next power cut takes away is none: all are over when they are durable.
+            File::open(place.path("copy.raw"))?.sync_all()?;
+            backup.ended = Instant::now();
+        }
         // A guest whose requests wait for the target has to get them back.
         meanwhile(HANG.1)?;
         stop.store(true, Ordering::Relaxed);
@@ -110,10 +116,10 @@ fn rate(runs: &[Run]) -> f64 {
 
 fn table(options: &Options, speed: Speed, all: &[(Contender, Vec<Run>)]) {
     println!("\n{} guest writes a second, full backup to {}; milliseconds", options.rate, name(speed));
-    println!("{:<18}{:>10}{:>10}{:>10}{:>10}{:>12}{:>12}", "", "p50", "p99", "p99.9", "max", "idle p99.9", "copy MB/s");
+    println!("{:<18}{:>10}{:>10}{:>10}{:>10}{:>12}{:>12}", "", "p50", "p99", "p99.9", "max", "idle p99", "copy MB/s");
     for (contender, runs) in all {
         let [p50, p99, p999, max] = medians(runs, |run| &run.busy);
-        let idle = medians(runs, |run| &run.idle)[2];
+        let idle = medians(runs, |run| &run.idle)[1];
         println!(
             "{:<18}{p50:>10.2}{p99:>10.2}{p999:>10.2}{max:>10.1}{idle:>12.2}{:>12.1}",
             contender.name(),
