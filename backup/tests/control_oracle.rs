@@ -9,6 +9,7 @@ use blkmark_backup::qmp::{Client, ClientError, Event};
 use control_common::*;
 use serde_json::{Value, json};
 use std::collections::HashSet;
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
@@ -140,6 +141,12 @@ impl Story<'_> {
         self.lines.push(members.map(|member| format!("{member}={}", shown[member])).join(" "));
     }
 
+    /// The next event.
+    fn hears(&mut self) {
+        let event = self.subject.next_event();
+        self.lines.push(format!("! {} {}", event.name, event.data));
+    }
+
     /// Hears events until the job has this state. QEMU pauses every job for a moment whenever it drains a node; here
     /// nothing drains, so of a pause nobody asked for nothing is written down.
     fn hears_until(&mut self, job: &str, status: &str) {
@@ -170,7 +177,11 @@ impl Story<'_> {
 /// Plays `scene` on both and compares line by line.
 #[track_caller]
 fn same_as_qemu(scene: impl Fn(&mut Story<'_>)) {
-    let mut qsd = Qsd::new();
+    same_as(Qsd::new(), scene);
+}
+
+#[track_caller]
+fn same_as(mut qsd: Qsd, scene: impl Fn(&mut Story<'_>)) {
     let lab = Lab::new(2);
     for (name, size) in [("t0", 4 * MIB), ("t1", 4 * MIB), ("small", MIB)] {
         qsd.node(name, size, false);
@@ -445,5 +456,159 @@ fn transactions() {
             story.hears_until("j0", "null");
             story.lines[from..].iter_mut().for_each(|line| line.push_str(" in this order"));
         }
+    });
+}
+
+/// A client that is connected to an export, and stays.
+struct Connected(Child);
+
+impl Connected {
+    fn to(export: &str, socket: &str) -> Self {
+        let mut client = Command::new("qemu-io")
+            .args(["-r", "-f", "raw", &format!("nbd+unix:///{export}?socket={socket}")])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        client.stdin.as_mut().unwrap().write_all(b"read 0 512\n").unwrap();
+        let mut answer = String::new();
+        BufReader::new(client.stdout.as_mut().unwrap()).read_line(&mut answer).unwrap();
+        assert!(answer.contains("read 512/512"), "{answer}");
+        Self(client)
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn exports_and_their_misuses() {
+    let mut qsd = Qsd::new();
+    qsd.command("nbd-server-stop", json!({})).unwrap();
+    for _ in ["d0", "d1"] {
+        assert_eq!(qsd.next_event().name, "BLOCK_EXPORT_DELETED");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("nbd").display().to_string();
+    same_as(qsd, |story| {
+        let unix = json!({ "type": "unix", "data": { "path": socket } });
+        let export = |more: Value| {
+            let mut arguments = json!({ "type": "nbd", "id": "e", "node-name": "d0" });
+            for (name, value) in more.as_object().unwrap() {
+                arguments[name] = value.clone();
+            }
+            arguments
+        };
+        for (name, disabled) in [("b0", false), ("off", true)] {
+            story.does("block-dirty-bitmap-add", json!({ "node": "d0", "name": name, "disabled": disabled }));
+        }
+        story.does("nbd-server-stop", json!({}));
+        story.does("block-export-add", export(json!({})));
+        story.does("block-export-del", json!({ "id": "zz" }));
+        story.does("query-block-exports", json!({}));
+        for arguments in [
+            json!({}),
+            json!({ "addr": "x" }),
+            json!({ "addr": {} }),
+            json!({ "addr": { "type": "zz" } }),
+            json!({ "addr": { "type": "unix" } }),
+            json!({ "addr": { "type": "unix", "data": {} } }),
+            json!({ "addr": { "type": "unix", "data": { "path": 1 } } }),
+            json!({ "addr": { "type": "unix", "data": { "path": "/nonexistent/s" } } }),
+            json!({ "addr": { "type": "unix", "data": { "path": socket, "x": 1 } } }),
+            json!({ "addr": { "type": "unix", "data": { "path": socket }, "x": 1 } }),
+            json!({ "addr": { "type": "inet", "data": { "host": "127.0.0.1" } } }),
+            json!({ "addr": { "type": "inet", "data": { "host": "127.0.0.1", "port": 10809 } } }),
+            json!({ "addr": unix, "tls-creds": "nope" }),
+            json!({ "addr": unix, "max-connections": -1 }),
+            json!({ "addr": unix, "max-connections": "1" }),
+            json!({ "addr": unix, "bogus": 1 }),
+        ] {
+            story.does("nbd-server-start", arguments);
+        }
+        story.does("nbd-server-start", json!({ "addr": unix, "max-connections": 0, "handshake-max-seconds": 0 }));
+        story.does("nbd-server-start", json!({ "addr": unix }));
+        for arguments in [
+            json!({}),
+            json!({ "type": "nbd" }),
+            json!({ "type": "nbd", "id": "e" }),
+            json!({ "type": "zz", "id": "e", "node-name": "d0" }),
+        ] {
+            story.does("block-export-add", arguments);
+        }
+        for more in [
+            json!({ "id": "" }),
+            json!({ "id": "1e" }),
+            json!({ "id": "a b" }),
+            json!({ "id": "1", "node-name": "nope" }),
+            json!({ "node-name": "nope" }),
+            json!({ "node-name": "nope", "iothread": "zz" }),
+            json!({ "iothread": "zz" }),
+            json!({ "bitmaps": 3 }),
+            json!({ "bitmaps": [3] }),
+            json!({ "bitmaps": ["x"] }),
+            json!({ "bitmaps": ["b0"] }),
+            json!({ "bitmaps": ["off", "b0"] }),
+            json!({ "bitmaps": [{ "node": "d0" }] }),
+            json!({ "bitmaps": [{ "node": "q", "name": "b0" }] }),
+            json!({ "bitmaps": [{ "node": "d0", "name": "x" }] }),
+            json!({ "bogus": 1 }),
+            json!({ "name": 1 }),
+            json!({ "name": "n".repeat(4097) }),
+            json!({ "description": "d".repeat(4097) }),
+            json!({ "writable": 1 }),
+        ] {
+            story.does("block-export-add", export(more));
+        }
+        story.does("query-block-exports", json!({}));
+        for more in [
+            json!({ "bitmaps": ["off", "off"] }),
+            json!({ "name": "", "fixed-iothread": true, "writethrough": true, "allow-inactive": false }),
+            json!({ "name": "n".repeat(4096), "description": "d".repeat(4096) }),
+            json!({ "bitmaps": [{ "node": "d0", "name": "off" }] }),
+        ] {
+            story.does("block-export-add", export(more));
+            story.does("query-block-exports", json!({}));
+            story.does("block-export-del", json!({ "id": "e" }));
+            story.hears();
+        }
+        story.does("block-export-add", export(json!({ "bitmaps": ["off"] })));
+        story.does("block-export-add", export(json!({})));
+        story.does("block-export-add", export(json!({ "id": "f" })));
+        story.does("block-export-add", export(json!({ "id": "f", "name": "g" })));
+        story.does("block-export-add", export(json!({ "id": "g", "node-name": "d1" })));
+        story.does("query-block-exports", json!({}));
+        let client = Connected::to("g", &socket);
+        story.does("block-export-del", json!({ "id": "f" }));
+        story.does("block-export-del", json!({ "id": "f", "mode": "safe" }));
+        story.does("block-export-del", json!({ "id": "f", "mode": "zz" }));
+        story.does("block-export-del", json!({ "id": "f", "mode": "hard", "x": 1 }));
+        story.does("block-export-del", json!({ "id": "f", "mode": "hard" }));
+        story.hears();
+        drop(client);
+        story.does("block-export-del", json!({ "id": "f" }));
+        story.does("query-block-exports", json!({}));
+        let client = Connected::to("d1", &socket);
+        story.does("nbd-server-stop", json!({}));
+        let from = story.lines.len();
+        story.hears();
+        story.hears();
+        // QEMU's export that has a client takes longer.
+        story.lines[from..].sort();
+        drop(client);
+        story.does("query-block-exports", json!({}));
+        story.does("nbd-server-start", json!({ "addr": unix }));
+        for id in ["x", "y", "z"] {
+            story.does("block-export-add", export(json!({ "id": id, "name": id })));
+        }
+        story.does("nbd-server-stop", json!({}));
+        for _ in ["x", "y", "z"] {
+            story.hears();
+        }
+        story.does("nbd-server-stop", json!({}));
     });
 }

@@ -255,6 +255,7 @@ fn answers_and_events_are_as_declared() {
                 | "query-commands"
                 | "query-version"
                 | "query-block"
+                | "query-block-exports"
                 | "query-block-jobs"
                 | "query-jobs"
                 | "query-named-block-nodes" => {
@@ -321,6 +322,13 @@ fn answers_and_events_are_as_declared() {
     hear(("BLOCK_JOB_PENDING", ""));
     hearer.ok("job-cancel", json!({ "id": "j" }));
     hear(("JOB_STATUS_CHANGE", "concluded"));
+    let unix = json!({ "type": "unix", "data": { "path": hearer.path("nbd") } });
+    hearer.ok("nbd-server-start", json!({ "addr": unix }));
+    hearer.ok("block-export-add", json!({ "type": "nbd", "id": "e", "node-name": "d0" }));
+    let exports = hearer.ok("query-block-exports", json!({}));
+    schema.check(&schema.0["query-block-exports"]["ret-type"], &exports, "query-block-exports");
+    hearer.ok("nbd-server-stop", json!({}));
+    hear(("BLOCK_EXPORT_DELETED", ""));
     hearer.ok("quit", json!({}));
     hear(("SHUTDOWN", ""));
     let told: BTreeSet<String> = told.into_iter().collect();
@@ -495,4 +503,5 @@ const REFUSED: &[&str] = &[
     "blockdev-add tls-hostname",
     "blockdev-add x-check-cache-dropped",
     "blockdev-add x-dirty-bitmap",
+    "nbd-server-start tls-authz",
 ];

@@ -1,6 +1,6 @@
 //! The promise: a backup that is pushed to an NBD server is, once concluded, what the disk was, durably, whichever server it is.
 //!
-//! The servers are qemu-nbd, qemu-storage-daemon and nbdkit; the last is passed over where it is not installed.
+//! The servers are qemu-nbd, qemu-storage-daemon and nbdkit; `scripts/setup` installs them.
 
 mod control_common;
 
@@ -46,8 +46,13 @@ fn qemu_nbd(image: &str, format: &str, socket: &str, more: &[&str]) -> Server {
     Server::start(&mut command, socket.as_ref())
 }
 
-fn installed(tool: &str) -> bool {
-    Command::new(tool).arg("--version").output().is_ok()
+/// nbdkit, which is a failure where it is missing.
+fn nbdkit(socket: &str) -> Command {
+    let installed = Command::new("nbdkit").arg("--version").output().is_ok();
+    assert!(installed, "`nbdkit` is missing: install the package nbdkit, or run scripts/setup");
+    let mut command = Command::new("nbdkit");
+    command.args(["-f", "-U", socket]);
+    command
 }
 
 fn unix(socket: &str) -> Value {
@@ -131,10 +136,6 @@ fn qemu_storage_daemon_takes_a_backup() {
 /// nbdkit's filters are servers of all kinds: without zeroing, without flush, with block sizes that are enforced.
 #[test]
 fn servers_that_lack_or_demand_something_take_a_backup() {
-    if !installed("nbdkit") {
-        eprintln!("nbdkit is not installed");
-        return;
-    }
     let lab = lab();
     let demands: &[&[&str]] = &[
         &[],
@@ -155,8 +156,8 @@ fn servers_that_lack_or_demand_something_take_a_backup() {
     for (n, demand) in demands.iter().enumerate() {
         let (path, socket) = (image(&lab, &format!("{n}.raw"), "raw"), lab.path(&format!("{n}.sock")));
         let (flags, parameters): (Vec<&str>, Vec<&str>) = demand.iter().partition(|word| word.starts_with('-'));
-        let mut command = Command::new("nbdkit");
-        command.args(["-f", "-U", &socket]).args(flags).args(["file", &path]).args(parameters);
+        let mut command = nbdkit(&socket);
+        command.args(flags).args(["file", &path]).args(parameters);
         let server = Server::start(&mut command, socket.as_ref());
         push(&lab, unix(&socket), "");
         drop(server);
@@ -263,21 +264,17 @@ fn a_server_that_comes_late_is_waited_for() {
 
 #[test]
 fn a_full_server_says_enospc_and_one_that_dies_ends_the_job_not_the_bitmap() {
-    if !installed("nbdkit") {
-        eprintln!("nbdkit is not installed");
-        return;
-    }
     let lab = lab();
     lab.ok("block-dirty-bitmap-add", json!({ "node": "d0", "name": "b" }));
     lab.disks[0].dirty([1, 2], 5);
     let socket = lab.path("sock");
-    let nbdkit = |arguments: &[&str]| {
+    let serve = |arguments: &[&str]| {
         let _ = std::fs::remove_file(&socket);
-        Server::start(Command::new("nbdkit").args(["-f", "-U", &socket]).args(arguments), socket.as_ref())
+        Server::start(nbdkit(&socket).args(arguments), socket.as_ref())
     };
     let path = lab.path("a.raw");
     qemu_img(&["create", "-q", "-f", "raw", &path, "4M"]);
-    let server = nbdkit(&["--filter=error", "file", &path, "error-pwrite=ENOSPC", "error-pwrite-rate=100%"]);
+    let server = serve(&["--filter=error", "file", &path, "error-pwrite=ENOSPC", "error-pwrite-rate=100%"]);
     let address = Address::Unix(PathBuf::from(&socket));
     let target = NbdTarget::open(&address, "", ClientSettings::default(), &Policy::default()).unwrap();
     assert_eq!(target.write_at(&[1; 512], 0).unwrap_err().raw_os_error(), Some(libc::ENOSPC));
@@ -300,7 +297,7 @@ fn a_full_server_says_enospc_and_one_that_dies_ends_the_job_not_the_bitmap() {
     assert_eq!(lab.disks[0].dirty_clusters("b"), [1, 2]);
     lab.ok("blockdev-del", json!({ "node-name": "t" }));
     // A new server, a new node, the same changes.
-    let server = nbdkit(&["file", &path]);
+    let server = serve(&["file", &path]);
     lab.ok("blockdev-add", node);
     lab.ok("blockdev-backup", job);
     assert_eq!(lab.event("BLOCK_JOB_COMPLETED")["error"], Value::Null);

@@ -6,8 +6,9 @@ mod control_common;
 
 use blkmark_backup::nbd::{Address, ClientSettings, NbdTarget};
 use blkmark_backup::target::{Policy, Target};
-use control_common::GIVE_UP;
+use control_common::*;
 use proptest::prelude::*;
+use serde_json::{Value, json};
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
@@ -443,6 +444,49 @@ proptest! {
             Ok(target) => prop_assert!(target.write_at(&[1; 512], 0).is_err()),
             Err(error) => prop_assert!(!error.is_empty()),
         }
+        scene.over();
+    }
+}
+
+/// The client would wait for a reply longer than this test waits for anything.
+#[test]
+fn a_job_that_is_cancelled_ends_although_its_server_hangs() {
+    assert!(ClientSettings::default().request > GIVE_UP);
+    for end in ["cancel", "block-cancel", "group", "shutdown"] {
+        let (tell, told) = std::sync::mpsc::channel();
+        let scene = Scene::new(move |p| {
+            p.serve()?;
+            p.request()?;
+            tell.send(()).unwrap();
+            p.stall()
+        });
+        let Address::Unix(path) = &scene.address else { unreachable!() };
+        let lab = Lab::sized(&[SIZE, SIZE]);
+        lab.ok("block-dirty-bitmap-add", json!({ "node": "d0", "name": "b" }));
+        lab.disks[0].dirty([1, 2], 5);
+        let node =
+            json!({ "driver": "nbd", "node-name": "t", "export": "x", "server": { "type": "unix", "path": path } });
+        lab.ok("blockdev-add", node);
+        lab.raw_target("u", SIZE);
+        let job = |id: &str, device: &str, target: &str| json!({ "job-id": id, "device": device, "target": target, "sync": "full", "auto-finalize": false });
+        let mut hangs = job("j", "d0", "t");
+        hangs["sync"] = "incremental".into();
+        hangs["bitmap"] = "b".into();
+        let action = |data: Value| json!({ "type": "blockdev-backup", "data": data });
+        let actions = json!([action(hangs), action(job("k", "d1", "u"))]);
+        lab.ok("transaction", json!({ "actions": actions, "properties": { "completion-mode": "grouped" } }));
+        told.recv_timeout(GIVE_UP).unwrap();
+        match end {
+            "cancel" => drop(lab.ok("job-cancel", json!({ "id": "j" }))),
+            "block-cancel" => drop(lab.ok("block-job-cancel", json!({ "device": "j" }))),
+            // Its sibling ends, and takes it along.
+            "group" => drop(lab.ok("job-cancel", json!({ "id": "k" }))),
+            _ => lab.control.shutdown(),
+        }
+        lab.state("j", "null");
+        assert_eq!(lab.jobs(), json!([]));
+        assert_eq!(lab.disks[0].dirty_clusters("b"), [1, 2]);
+        lab.ok("blockdev-del", json!({ "node-name": "t" }));
         scene.over();
     }
 }

@@ -5,7 +5,7 @@
 //! `dirty-bitmap` for `incremental`; and dotted names of `blockdev-add`.
 
 use super::schema::{EMPTY, Member, Object, Type, object, optional, required};
-use super::{Control, backup, bitmaps, jobs, nodes, queries, resize, schema, transaction};
+use super::{Control, backup, bitmaps, exports, jobs, nodes, queries, resize, schema, transaction};
 use crate::qmp::{Arguments, QmpError};
 use Type::{Bool, Int, Str};
 use serde_json::Value;
@@ -39,6 +39,8 @@ pub(super) static COMMANDS: &[Command] = &[
     order("block-dirty-bitmap-enable", bitmaps::enable, &BITMAP),
     order("block-dirty-bitmap-merge", bitmaps::merge, &BITMAP_MERGE),
     order("block-dirty-bitmap-remove", bitmaps::remove, &BITMAP),
+    order("block-export-add", exports::add, &EXPORT),
+    order("block-export-del", exports::delete, &EXPORT_DEL),
     order("block-job-cancel", jobs::block_cancel, &object(&[JOB_DEVICE, &[optional("force", Bool)]])),
     order("block-job-complete", jobs::block_complete, &object(&[JOB_DEVICE])),
     order("block-job-dismiss", jobs::block_dismiss, &JOB),
@@ -58,7 +60,10 @@ pub(super) static COMMANDS: &[Command] = &[
     order("job-pause", jobs::pause, &JOB),
     order("job-resume", jobs::resume, &JOB),
     order("job-retry", backup::retry, &RETRY),
+    order("nbd-server-start", exports::start, &SERVER_START),
+    order("nbd-server-stop", exports::stop, &EMPTY),
     query("query-block", queries::block, &EMPTY, Type::Array(&Type::Object(&BLOCK_INFO))),
+    query("query-block-exports", exports::query, &EMPTY, Type::Array(&Type::Object(&EXPORT_INFO))),
     query("query-block-jobs", jobs::query_block, &EMPTY, Type::Array(&Type::Object(&BLOCK_JOB_INFO))),
     query(
         "query-commands",
@@ -97,6 +102,7 @@ pub(super) static NEGOTIATION: Command = order(
 
 /// Every event and its data.
 pub(super) static EVENTS: &[(&str, &Object)] = &[
+    ("BLOCK_EXPORT_DELETED", &object(&[&[required("id", Str)]])),
     ("BLOCK_JOB_CANCELLED", &object(&[JOB_END])),
     ("BLOCK_JOB_COMPLETED", &object(&[JOB_END, &[optional("error", Str)]])),
     (
@@ -126,11 +132,12 @@ static BITMAP: Object = object(&[NAMED]);
 static BITMAP_ADD: Object =
     object(&[NAMED, &[optional("granularity", Int), optional("persistent", Bool), optional("disabled", Bool)]]);
 
-static BITMAP_MERGE: Object = object(&[&[
-    required("node", Str),
-    required("target", Str),
-    required("bitmaps", Type::Array(&Type::Alternate(&[Str, Type::Object(&BITMAP)]))),
-]]);
+const BITMAPS: Type = Type::Array(&Type::Alternate(&BITMAP_OR_NAME));
+
+static BITMAP_OR_NAME: [Type; 2] = [Str, Type::Object(&BITMAP)];
+
+static BITMAP_MERGE: Object =
+    object(&[&[required("node", Str), required("target", Str), required("bitmaps", BITMAPS)]]);
 
 // ---- jobs
 
@@ -328,16 +335,70 @@ static NBD: Object = object(&[&[
 
 static SERVER: Object = Object {
     members: &[&[required("type", Type::Enum(&["inet", "unix"]))]],
+    union: Some(("type", &[("inet", &INET), ("unix", &UNIX)])),
+};
+
+static RESIZE: Object = object(&[&[optional("device", Str), optional("node-name", Str), required("size", Int)]]);
+
+// ---- exports
+
+static SERVER_START: Object = object(&[&[
+    optional("handshake-max-seconds", Int),
+    optional("tls-creds", Str),
+    optional("max-connections", Int),
+    required("addr", Type::Object(&LISTEN)),
+]]);
+
+static LISTEN: Object = Object {
+    members: &[&[required("type", Type::Enum(&["inet", "unix"]))]],
     union: Some((
         "type",
         &[
-            ("inet", &object(&[&[required("host", Str), required("port", Str), optional("keep-alive", Bool)]])),
-            ("unix", &object(&[&[required("path", Str)]])),
+            ("inet", &object(&[&[required("data", Type::Object(&INET))]])),
+            ("unix", &object(&[&[required("data", Type::Object(&UNIX))]])),
         ],
     )),
 };
 
-static RESIZE: Object = object(&[&[optional("device", Str), optional("node-name", Str), required("size", Int)]]);
+static INET: Object = object(&[&[required("host", Str), required("port", Str), optional("keep-alive", Bool)]]);
+
+static UNIX: Object = object(&[&[required("path", Str)]]);
+
+const EXPORT_TYPE: Type = Type::Enum(&["nbd"]);
+
+static EXPORT: Object = Object {
+    members: &[&[
+        required("type", EXPORT_TYPE),
+        required("id", Str),
+        optional("fixed-iothread", Bool),
+        optional("iothread", Str),
+        required("node-name", Str),
+        optional("writable", Bool),
+        optional("writethrough", Bool),
+        optional("allow-inactive", Bool),
+    ]],
+    union: Some((
+        "type",
+        &[(
+            "nbd",
+            &object(&[&[
+                optional("name", Str),
+                optional("description", Str),
+                optional("bitmaps", BITMAPS),
+                optional("allocation-depth", Bool),
+            ]]),
+        )],
+    )),
+};
+
+static EXPORT_DEL: Object = object(&[&[required("id", Str), optional("mode", Type::Enum(&["safe", "hard"]))]]);
+
+static EXPORT_INFO: Object = object(&[&[
+    required("id", Str),
+    required("type", EXPORT_TYPE),
+    required("node-name", Str),
+    required("shutting-down", Bool),
+]]);
 
 // ---- answers
 

@@ -4,7 +4,7 @@
 //! anything; one that is refused leaves nothing behind. Rooms: `commands` (which there are, and what they look like),
 //! `schema` (to tell it), `options` (members that several commands share), `nodes` (disks, and targets as nodes), `bitmaps`,
 //! `backup`, `transaction` (through which every change of bitmaps and every backup goes, alone or with others), `jobs`,
-//! `queries`, `resize`.
+//! `queries`, `resize`, `exports` (disks over NBD).
 //!
 //! Invariant: every change of bitmaps or gates is one commit, made under the lock of the job registry; files are opened
 //! and created before that lock is taken.
@@ -14,6 +14,7 @@ mod bitmaps;
 mod claim;
 mod commands;
 mod destination;
+mod exports;
 mod jobs;
 mod nodes;
 mod options;
@@ -28,6 +29,7 @@ use crate::qmp::{Arguments, Commands, Events, QmpError};
 use crate::target::{Policy, TargetError};
 use blkmark_bitmap::BitmapError;
 use commands::COMMANDS;
+use exports::Exports;
 use nodes::TargetNode;
 use serde_json::{Map, Value, json};
 use std::fmt;
@@ -47,6 +49,7 @@ pub struct Control {
     disks: Vec<Arc<Node>>,
     targets: Mutex<Vec<Arc<TargetNode>>>,
     jobs: Arc<Jobs>,
+    exports: Exports,
     events: Events,
     settings: Settings,
 }
@@ -54,12 +57,14 @@ pub struct Control {
 impl Control {
     /// Over `disks`, whose ids differ; jobs tell of themselves through `events`.
     pub fn new(disks: Vec<Arc<Node>>, events: Events, settings: Settings) -> Arc<Self> {
-        Arc::new(Self { disks, targets: Mutex::default(), jobs: Jobs::new(events.clone()), events, settings })
+        let jobs = Jobs::new(events.clone());
+        Arc::new(Self { disks, targets: Mutex::default(), jobs, exports: Exports::default(), events, settings })
     }
 
-    /// Cancels all jobs; returns when they are over, their bitmaps reclaimed and their points gone. No job starts any
-    /// more; everything else still answers.
+    /// Ends the exports, and cancels all jobs; returns when they are over, their bitmaps reclaimed and their points gone. No
+    /// job and no server starts any more; everything else still answers.
     pub fn shutdown(&self) {
+        self.exports.shut_down(&self.events);
         self.jobs.shut_down();
     }
 

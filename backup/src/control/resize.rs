@@ -10,8 +10,8 @@
 //! | 3 | requests are judged by the new size | changes in flight at that instant end |
 //! | 4 | | the file is cut |
 //!
-//! So no request ever meets a file or a bitmap that ends before it. Not while a job or a point in time needs the disk: a
-//! point is of one size. Invariant: the registry is not locked while the file is changed or writes are waited for.
+//! So no request ever meets a file or a bitmap that ends before it. Not while a job, a point in time or an export needs the
+//! disk: those are of one size. Invariant: the registry is not locked while the file is changed or writes are waited for.
 
 use super::{Control, done};
 use crate::node::Node;
@@ -42,6 +42,9 @@ pub(super) fn block_resize(control: &Control, mut arguments: Arguments) -> Resul
     };
     let size = checked(disk, size)?;
     let _alone = disk.resizing.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(export) = control.exports.of(&disk.id) {
+        return Err(QmpError::generic(format!("Node '{}' is busy: it is exported as '{export}'", disk.id)));
+    }
     resize(control, disk, size)?;
     done()
 }

@@ -31,6 +31,10 @@ thread_local! {
     static STOP_MET: Cell<u64> = const { Cell::new(0) };
 }
 
+/// How long a job that is told to end may take to finish what it is at, before its target is interrupted: somebody waits for
+/// the end, and nobody for what is still written.
+const PATIENCE: Duration = Duration::from_secs(5);
+
 /// What is dropped only when the lock is free again: points, whose scratch may be large.
 pub(super) type Spent = Vec<Arc<Point>>;
 
@@ -174,10 +178,34 @@ fn stop(jobs: &Jobs, entry: &mut Entry, force: bool) {
                 entry.control.cancel();
             }
             point.end();
+            if !force {
+                return jobs.wake(entry);
+            }
         }
         None => entry.control.cancel(),
     }
     jobs.wake(entry);
+    do_not_wait_for_ever(jobs, entry);
+}
+
+/// A target may hang, a server that no longer answers for one: the thread that is at it cannot see that it is to end.
+fn do_not_wait_for_ever(jobs: &Jobs, entry: &Entry) {
+    let (Some(jobs), Some(target)) = (jobs.me.upgrade(), entry.target.upgrade()) else { return };
+    let (key, id) = (entry.key, entry.id().to_owned());
+    let watch = move || {
+        let at_it = |inner: &mut Inner| inner.entry(key).is_some_and(|entry| entry.outcome.is_none());
+        let inner = lock(&jobs.inner);
+        let waited = jobs.changed.wait_timeout_while(inner, PATIENCE, at_it);
+        let (inner, waited) = waited.unwrap_or_else(|poisoned| poisoned.into_inner());
+        drop(inner);
+        if waited.timed_out() {
+            tracing::warn!(job = id, target = target.name(), "was told to end and still waits: interrupted");
+            target.interrupt();
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("job-patience".to_owned()).spawn(watch) {
+        tracing::warn!(job = entry.id(), %error, "its target will not be interrupted");
+    }
 }
 
 fn abort(jobs: &Jobs, entry: &mut Entry) {

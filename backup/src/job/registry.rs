@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 use std::any::Any;
 use std::collections::HashSet;
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use thiserror::Error;
@@ -149,6 +149,8 @@ pub(super) struct Entry {
     pub(super) held: Option<Held>,
     /// A retry is being prepared, without the lock.
     pub(super) retrying: bool,
+    /// Where its thread writes, while it does.
+    pub(super) target: Weak<dyn Target>,
     /// What ends a job that would follow the guest's writes for ever.
     pub(super) endless: Option<(Arc<Node>, Arc<Point>)>,
     /// Bytes of the disk: the length until the plan is known, and of an endless job.
@@ -206,6 +208,8 @@ pub struct Jobs {
     pub(super) changed: Condvar,
     pub(super) events: Events,
     taken: Arc<Mutex<HashSet<String>>>,
+    /// For threads that act on their own.
+    pub(super) me: Weak<Self>,
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -221,7 +225,13 @@ pub(crate) fn well_formed(id: &str) -> bool {
 impl Jobs {
     /// No jobs yet; they will tell of themselves through `events`.
     pub fn new(events: Events) -> Arc<Self> {
-        Arc::new(Self { inner: Mutex::default(), changed: Condvar::new(), events, taken: Arc::default() })
+        Arc::new_cyclic(|me| Self {
+            inner: Mutex::default(),
+            changed: Condvar::new(),
+            events,
+            taken: Arc::default(),
+            me: Weak::clone(me),
+        })
     }
 
     /// Takes an id for a job to come. What is not used is free again when the reservation is dropped.
@@ -546,6 +556,7 @@ impl Locked<'_> {
                 outcome: None,
                 held: None,
                 retrying: false,
+                target: Arc::downgrade(&backup.target),
                 endless: endless.then(|| (Arc::clone(&backup.held.node), Arc::clone(&backup.held.point))),
                 size: backup.held.point.size(),
                 error: None,

@@ -44,20 +44,22 @@ impl SourceExport {
         Self { source, bitmaps }
     }
 
-    /// Exports a served disk as it stands, with bitmaps of its own that do not change: frozen ones (the frozen set) and
-    /// disabled ones. One that is enabled will do if nobody writes to the disk.
+    /// Exports a served disk as it stands, with bitmaps of its own that do not change.
     pub fn of_node(node: &Node, bitmaps: &[String]) -> Result<Self, BitmapExportError> {
-        let infos = node.tracker.list();
-        let bits = |name: &String| {
-            let gone = || BitmapExportError::NotFound(name.clone());
-            let info = infos.iter().find(|info| info.name == *name).ok_or_else(gone)?;
-            if info.recording && info.frozen.is_none() && !node.read_only {
-                return Err(BitmapExportError::Enabled(name.clone()));
-            }
-            Ok((name.clone(), node.tracker.bits(name).map_err(|_| gone())?))
-        };
+        let bits = |name: &String| Ok((name.clone(), Self::standing_bits(node, name)?));
         let bitmaps = bitmaps.iter().map(bits).collect::<Result<_, _>>()?;
         Ok(Self::new(Arc::clone(&node.source), bitmaps))
+    }
+
+    /// What a bitmap of a served disk holds now, if that stands: it is frozen (then it is the frozen set) or disabled. One
+    /// that is enabled will do if nobody writes to the disk.
+    pub fn standing_bits(node: &Node, name: &str) -> Result<Bits, BitmapExportError> {
+        let gone = || BitmapExportError::NotFound(name.to_owned());
+        let info = node.tracker.list().into_iter().find(|info| info.name == name).ok_or_else(gone)?;
+        if info.recording && info.frozen.is_none() && !node.read_only {
+            return Err(BitmapExportError::Enabled(name.to_owned()));
+        }
+        node.tracker.bits(name).map_err(|_| gone())
     }
 
     fn allocation(&self, offset: u64, len: u64, most: usize) -> io::Result<Vec<Extent>> {
