@@ -612,3 +612,32 @@ fn exports_and_their_misuses() {
         story.does("nbd-server-stop", json!({}));
     });
 }
+
+#[test]
+fn misuses_of_objects() {
+    same_as_qemu(|story| {
+        let object = |more: Value| {
+            let mut arguments = json!({ "qom-type": "tls-creds-x509", "id": "t" });
+            for (name, value) in more.as_object().unwrap() {
+                arguments[name] = value.clone();
+            }
+            arguments
+        };
+        story.does("object-add", json!({}));
+        story.does("object-add", json!({ "qom-type": "zz", "id": "t" }));
+        story.does("object-add", json!({ "qom-type": "tls-creds-x509" }));
+        for more in [
+            json!({ "id": "" }),
+            json!({ "id": "1 a", "dir": "/" }),
+            json!({}),
+            json!({ "endpoint": "server" }),
+            json!({ "endpoint": "zz" }),
+            json!({ "dir": 1 }),
+            json!({ "verify-peer": 1 }),
+            json!({ "bogus": 1 }),
+        ] {
+            story.does("object-add", object(more));
+        }
+        story.does("object-del", json!({ "id": "t" }));
+    });
+}

@@ -504,4 +504,7 @@ const REFUSED: &[&str] = &[
     "blockdev-add x-check-cache-dropped",
     "blockdev-add x-dirty-bitmap",
     "nbd-server-start tls-authz",
+    "object-add passwordid",
+    "object-add priority",
+    "object-add sanity-check",
 ];

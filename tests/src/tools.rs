@@ -16,6 +16,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("nbdinfo", "libnbd-bin"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdkit", "nbdkit"),
+    ("openssl", "openssl"),
     ("busybox", "busybox-static"),
     ("mke2fs", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),

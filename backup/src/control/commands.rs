@@ -5,7 +5,7 @@
 //! `dirty-bitmap` for `incremental`; and dotted names of `blockdev-add`.
 
 use super::schema::{EMPTY, Member, Object, Type, object, optional, required};
-use super::{Control, backup, bitmaps, exports, jobs, nodes, queries, resize, schema, transaction};
+use super::{Control, backup, bitmaps, exports, jobs, nodes, objects, queries, resize, schema, transaction};
 use crate::qmp::{Arguments, QmpError};
 use Type::{Bool, Int, Str};
 use serde_json::Value;
@@ -62,6 +62,8 @@ pub(super) static COMMANDS: &[Command] = &[
     order("job-retry", backup::retry, &RETRY),
     order("nbd-server-start", exports::start, &SERVER_START),
     order("nbd-server-stop", exports::stop, &EMPTY),
+    order("object-add", objects::add, &OBJECT),
+    order("object-del", objects::delete, &object(&[&[required("id", Str)]])),
     query("query-block", queries::block, &EMPTY, Type::Array(&Type::Object(&BLOCK_INFO))),
     query("query-block-exports", exports::query, &EMPTY, Type::Array(&Type::Object(&EXPORT_INFO))),
     query("query-block-jobs", jobs::query_block, &EMPTY, Type::Array(&Type::Object(&BLOCK_JOB_INFO))),
@@ -399,6 +401,21 @@ static EXPORT_INFO: Object = object(&[&[
     required("node-name", Str),
     required("shutting-down", Bool),
 ]]);
+
+static OBJECT: Object = Object {
+    members: &[&[required("qom-type", Type::Enum(&["tls-creds-x509"])), required("id", Str)]],
+    union: Some((
+        "qom-type",
+        &[(
+            "tls-creds-x509",
+            &object(&[&[
+                optional("verify-peer", Bool),
+                optional("dir", Str),
+                optional("endpoint", Type::Enum(&["client", "server"])),
+            ]]),
+        )],
+    )),
+};
 
 // ---- answers
 

@@ -109,7 +109,7 @@ pub(super) fn start(control: &Control, mut arguments: Arguments) -> Result<Value
     let address = address(&mut arguments)?;
     arguments.finish()?;
     let default = ServerSettings::default();
-    let settings = ServerSettings {
+    let mut settings = ServerSettings {
         max_connections: match connections {
             None => default.max_connections,
             Some(0) => usize::MAX,
@@ -131,7 +131,7 @@ pub(super) fn start(control: &Control, mut arguments: Arguments) -> Result<Value
         return Err(QmpError::generic("NBD server already running"));
     }
     if let Some(id) = credentials {
-        return Err(QmpError::generic(format!("No TLS credentials with id '{id}'")));
+        settings.tls = Some(control.objects.credentials(&id)?);
     }
     state.server = Some(listen(&address, settings, &control.policy())?);
     done()
@@ -174,17 +174,24 @@ fn listen(address: &Address, settings: ServerSettings, policy: &Policy) -> Resul
     }
 }
 
-/// The path, if it lies beneath the roots; then by way of its directory's descriptor, so that what was checked is where the
-/// socket is made.
 fn allowed(path: &Path, policy: &Policy) -> io::Result<(PathBuf, Option<OwnedFd>)> {
-    if policy.roots.is_empty() {
-        return Ok((path.to_owned(), None));
-    }
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
-    let directory = target::locate(parent, policy)?;
-    Ok((Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(name), Some(directory)))
+    if policy.roots.is_empty() {
+        return Ok((path.to_owned(), None));
+    }
+    let (way, directory) = beneath(parent, policy)?;
+    Ok((way.join(name), directory))
+}
+
+/// The directory, if it lies beneath the roots; then by way of its descriptor, so that what was checked is what is used.
+pub(super) fn beneath(directory: &Path, policy: &Policy) -> io::Result<(PathBuf, Option<OwnedFd>)> {
+    if policy.roots.is_empty() {
+        return Ok((directory.to_owned(), None));
+    }
+    let found = target::locate(directory, policy)?;
+    Ok((Path::new("/proc/self/fd").join(found.as_raw_fd().to_string()), Some(found)))
 }
 
 pub(super) fn stop(control: &Control, arguments: Arguments) -> Result<Value, QmpError> {

@@ -4,7 +4,7 @@
 //! anything; one that is refused leaves nothing behind. Rooms: `commands` (which there are, and what they look like),
 //! `schema` (to tell it), `options` (members that several commands share), `nodes` (disks, and targets as nodes), `bitmaps`,
 //! `backup`, `transaction` (through which every change of bitmaps and every backup goes, alone or with others), `jobs`,
-//! `queries`, `resize`, `exports` (disks over NBD).
+//! `queries`, `resize`, `exports` (disks over NBD), `objects` (credentials).
 //!
 //! Invariant: every change of bitmaps or gates is one commit, made under the lock of the job registry; files are opened
 //! and created before that lock is taken.
@@ -17,6 +17,7 @@ mod destination;
 mod exports;
 mod jobs;
 mod nodes;
+mod objects;
 mod options;
 mod queries;
 mod resize;
@@ -31,6 +32,7 @@ use blkmark_bitmap::BitmapError;
 use commands::COMMANDS;
 use exports::Exports;
 use nodes::TargetNode;
+use objects::Objects;
 use serde_json::{Map, Value, json};
 use std::fmt;
 use std::path::PathBuf;
@@ -50,6 +52,7 @@ pub struct Control {
     targets: Mutex<Vec<Arc<TargetNode>>>,
     jobs: Arc<Jobs>,
     exports: Exports,
+    objects: Objects,
     events: Events,
     settings: Settings,
 }
@@ -58,7 +61,15 @@ impl Control {
     /// Over `disks`, whose ids differ; jobs tell of themselves through `events`.
     pub fn new(disks: Vec<Arc<Node>>, events: Events, settings: Settings) -> Arc<Self> {
         let jobs = Jobs::new(events.clone());
-        Arc::new(Self { disks, targets: Mutex::default(), jobs, exports: Exports::default(), events, settings })
+        Arc::new(Self {
+            disks,
+            targets: Mutex::default(),
+            jobs,
+            exports: Exports::default(),
+            objects: Objects::default(),
+            events,
+            settings,
+        })
     }
 
     /// Ends the exports, and cancels all jobs; returns when they are over, their bitmaps reclaimed and their points gone. No

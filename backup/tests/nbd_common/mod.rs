@@ -257,7 +257,7 @@ impl Drop for Process {
 
 /// Certificates as QEMU and libnbd want them: of a server, of a client, and of a client that nobody vouches for.
 pub struct Tls {
-    server: String,
+    pub server: String,
     pub client: String,
     pub stranger: String,
 }
