@@ -131,7 +131,8 @@ fn come_back(jobs: &Jobs, key: u64, held: Held, outcome: Outcome) {
 /// The job's thread is through with it.
 pub(super) fn finish(jobs: &Jobs, inner: &mut Inner, key: u64, held: Held, mut outcome: Outcome) -> Spent {
     let Some(entry) = inner.entry(key) else { return Spent::new() };
-    if entry.cancelled && outcome.result.is_ok() {
+    // Told to end, it may meet the error once more that had stopped it: that is not why it ends.
+    if entry.cancelled && !entry.failing {
         outcome.result = Err(Failure::Cancelled);
     }
     if outcome.result.is_ok() {
