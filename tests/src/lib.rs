@@ -18,5 +18,6 @@ pub mod images;
 pub mod lab;
 pub mod process;
 pub mod qmp;
+pub mod random;
 pub mod small_fs;
 pub mod tools;

@@ -16,6 +16,7 @@ use blkmark_tests::beside::{Stop, beside};
 use blkmark_tests::daemon::Daemon;
 use blkmark_tests::lab::{Disk, Lab, MIB};
 use blkmark_tests::process::readable_until;
+use blkmark_tests::random::Random;
 
 const SIZE: u64 = 16 * MIB;
 const NEXT: u16 = 1;
@@ -449,22 +450,6 @@ fn use_decently(disk: &Disk, model: &mut [u8], stop: &Stop) -> Result<()> {
         client.write_at(&model[at..at + 4096], at as u64)?;
     }
     Ok(client.flush()?)
-}
-
-/// Xorshift: the same attacks in every run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
 }
 
 #[test]

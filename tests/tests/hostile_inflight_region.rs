@@ -16,6 +16,7 @@ use blkmark::frontend::{Descriptor, Guest, Options};
 use blkmark_tests::daemon::Daemon;
 use blkmark_tests::lab::{Disk, Lab, MIB};
 use blkmark_tests::process::readable_until;
+use blkmark_tests::random::Random;
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures as Protocol};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -167,20 +168,4 @@ fn a_decent_client_works(disk: &Disk) -> Result<()> {
         ensure!(found == wanted, "what was written at {offset} is not read back");
     }
     Ok(client.flush()?)
-}
-
-/// Xorshift.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
 }

@@ -22,6 +22,7 @@ use blkmark_tests::images;
 use blkmark_tests::lab::{Lab, MIB};
 use blkmark_tests::process::GIVE_UP;
 use blkmark_tests::qmp::{JobEnd, Qmp};
+use blkmark_tests::random::Random;
 use serde_json::json;
 
 const SIZE: u64 = 32 * MIB;
@@ -200,17 +201,5 @@ fn any_request(random: &mut Random, slot: usize) -> Request {
             let buffer = Buffer { offset: slot * SLOT, len: sectors as usize * 512 };
             Request::Write { sector, buffer }
         }
-    }
-}
-
-/// Xorshift: the same requests in every run, in another order each time.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
     }
 }
