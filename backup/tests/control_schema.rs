@@ -438,6 +438,7 @@ fn all_that_is_declared_is_declared_so_in_qemu() {
 }
 
 const ONLY_HERE: &[&str] = &[
+    "block-job-change.max-guest-latency: only here",
     "blockdev-backup.cbw-timeout: only here",
     "blockdev-backup.max-guest-latency: only here",
     "blockdev-backup.on-cbw-error: only here",
@@ -446,6 +447,7 @@ const ONLY_HERE: &[&str] = &[
     "drive-backup.max-guest-latency: only here",
     "drive-backup.on-cbw-error: only here",
     "drive-backup.on-failure: only here",
+    "query-block-jobs:.max-guest-latency: only here",
     "query-block:.inserted.dirty-bitmaps.freeze-id: only here",
     "query-block:.inserted.dirty-bitmaps.frozen: only here",
     "query-block:.inserted.scratch: only here",

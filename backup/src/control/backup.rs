@@ -13,6 +13,7 @@ use crate::job::{
 };
 use crate::point::{Point, PointOptions, Wanted};
 use crate::qmp::{Arguments, QmpError};
+use crate::scratch::ScratchFiles;
 use blkmark_bitmap::Frozen;
 use serde_json::Value;
 use std::sync::Arc;
@@ -61,6 +62,7 @@ pub(super) struct BackupAction {
     perf: Perf,
     destination: Destination,
     id: Option<Reservation>,
+    scratch: Option<ScratchFiles>,
     backup: Option<Backup>,
 }
 
@@ -84,8 +86,10 @@ impl BackupAction {
             perf: options::perf(arguments)?,
             destination: destination(arguments)?,
             id: None,
+            scratch: None,
             backup: None,
         };
+        action.settings.sharing = action.perf.copy_range;
         action.point.keep = action.settings.on_failure == OnFailure::Keep;
         if action.point.keep && action.sync == SyncMode::None {
             return Err(QmpError::generic("on-failure 'keep' has no meaning with sync mode 'none'"));
@@ -101,15 +105,22 @@ impl BackupAction {
         Self::read(arguments, Destination::read_path)
     }
 
-    /// Whether [`BackupAction::open`] has something to do.
-    pub(super) fn opens_a_file(&self) -> bool {
-        self.destination.is_file()
+    /// Makes scratch, with no lock held: its file system may take its time.
+    pub(super) fn open_scratch(&mut self, control: &Control) -> Result<(), QmpError> {
+        let scratch = control.device(&self.device)?.open_scratch();
+        self.scratch = Some(scratch.map_err(|error| QmpError::generic(error.to_string()))?);
+        Ok(())
     }
 
     /// Opens or makes the file, with no lock held. What made no sense was refused before.
     pub(super) fn open(&mut self, control: &Control, overwrite: bool) -> Result<(), QmpError> {
         let size = control.device(&self.device)?.tracker.size();
         self.destination.open(control, size, overwrite)
+    }
+
+    /// What of it was not needed, since the disk has scratch already.
+    pub(super) fn spare_scratch(&mut self) -> Option<ScratchFiles> {
+        self.scratch.take()
     }
 
     /// Checks all there is to check and takes what has to be taken; in a real walk, freezes and arms.
@@ -155,8 +166,8 @@ impl BackupAction {
             // A raw disk stands on nothing, so all of it is its top layer, as in QEMU.
             _ => Wanted::All,
         };
-        let point =
-            Point::prepare(disk, wanted, cluster, self.point).map_err(|error| QmpError::generic(error.to_string()))?;
+        let point = Point::prepare_with(disk, &mut self.scratch, wanted, cluster, self.point)
+            .map_err(|error| QmpError::generic(error.to_string()))?;
         commit.arm(point.gate());
         let content = if sync == SyncMode::None { Content::Overwritten } else { Content::Wanted };
         let destination = self.destination.named().clone();
