@@ -6,6 +6,7 @@
 //! - [`bits`]: a plain set of dirty bits. [`live`]: the shared one that queue threads mark.
 //! - [`admission`]: how queue threads pass a value that one control thread may change while all are outside.
 //! - [`inflight`]: which writes are on their way. [`gate`]: what may hold a write back.
+//! - [`checkpoints`]: points in time that are named for change tracking alone.
 //! - [`named`]: named bitmaps and their states, as drafts that a commit puts in force.
 //! - [`tracker`]: one disk's marking. [`flip`]: one instant for many disks.
 //!
@@ -13,6 +14,7 @@
 
 pub mod admission;
 pub mod bits;
+pub mod checkpoints;
 pub mod flip;
 pub mod gate;
 pub mod inflight;
@@ -24,10 +26,11 @@ pub mod tracker;
 pub mod units;
 
 pub use bits::Bits;
+pub use checkpoints::{CheckpointInfo, CheckpointMark};
 pub use flip::{Commit, commit};
 pub use gate::{Gate, Resume, Verdict};
 pub use inflight::PreCut;
 pub use live::LiveMap;
-pub use named::{BitmapError, BitmapInfo, Frozen};
+pub use named::{BitmapError, BitmapInfo, Frozen, Owner};
 pub use tracker::{Lane, Tracker};
 pub use units::{ByteRange, Granularity, SECTOR};

@@ -7,9 +7,10 @@
 //! | state | set by | may be |
 //! |---|---|---|
 //! | recording or not | add, enable, disable | all of the others at the same time |
-//! | frozen (busy) | freeze | read; abdicate or reclaim end it |
+//! | frozen (busy) | freeze, by a job or by a client | read; abdicate or reclaim by the same end it |
 
 use crate::bits::Bits;
+use crate::checkpoints::Checkpoints;
 use crate::layers::Layers;
 use crate::live::LiveMap;
 use crate::units::{ByteRange, Granularity};
@@ -19,10 +20,10 @@ use thiserror::Error;
 use uuid::Uuid;
 
 /// Longest name, as in QEMU.
-const NAME_MAX: usize = 1023;
+pub(crate) const NAME_MAX: usize = 1023;
 
 /// Bits that a bitmap may come to by a resize: a gigabyte of them.
-const MOST_BITS: u64 = 8 << 30;
+pub(crate) const MOST_BITS: u64 = 8 << 30;
 
 /// Why an operation on a bitmap was refused. The texts are QEMU's, since scripts match them.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -61,12 +62,56 @@ pub enum BitmapError {
     /// Abdicate or reclaim of a bitmap that is not frozen, or that somebody else froze.
     #[error("Bitmap '{0}' is not frozen by this operation")]
     NotFrozen(String),
+    /// A client ends a freeze, in success, that does not exist.
+    #[error("Cannot relinquish control if there's no successor present")]
+    NothingToAbdicate,
+    /// A client ends a freeze, in failure, that does not exist.
+    #[error("Cannot reclaim a successor when none is present")]
+    NothingToReclaim,
+    /// The client means another freeze than the one that is.
+    #[error("Bitmap '{name}' is in another freeze: {freeze}")]
+    OtherFreeze {
+        /// The bitmap.
+        name: String,
+        /// The freeze that it is in.
+        freeze: Uuid,
+    },
+    /// No checkpoint of this name on the disk.
+    #[error("Checkpoint '{0}' not found")]
+    CheckpointNotFound(String),
+    /// A checkpoint of this name exists.
+    #[error("Checkpoint already exists: {0}")]
+    CheckpointExists(String),
+    /// The empty string was given as a name.
+    #[error("Checkpoint name cannot be empty")]
+    CheckpointNameEmpty,
+    /// The name has over 1023 bytes.
+    #[error("Checkpoint name too long: {0}")]
+    CheckpointNameTooLong(String),
+    /// Changes were asked for between a checkpoint and an earlier one, or itself.
+    #[error("Checkpoint '{to}' is not later than '{from}'")]
+    CheckpointOrder {
+        /// Where the changes begin.
+        from: String,
+        /// Where they end.
+        to: String,
+    },
+}
+
+/// Who froze a bitmap, and so who may end that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    /// A job of this process.
+    Job,
+    /// Whoever is at the control socket: any client may go on where another has died.
+    Client,
 }
 
 /// The dirty set of a bitmap as of a freeze; immutable once its commit succeeded.
 #[derive(Clone)]
 pub struct Frozen {
     id: Uuid,
+    owner: Owner,
     layers: Layers,
 }
 
@@ -74,6 +119,11 @@ impl Frozen {
     /// Names this freeze in reports and queries.
     pub fn id(&self) -> Uuid {
         self.id
+    }
+
+    /// Who may end it.
+    pub fn owner(&self) -> Owner {
+        self.owner
     }
 
     /// Granularity of the bitmap.
@@ -128,6 +178,8 @@ pub struct BitmapInfo {
     pub busy: bool,
     /// The freeze that it is in, if any.
     pub frozen: Option<Uuid>,
+    /// Who froze it, if anybody did.
+    pub owner: Option<Owner>,
 }
 
 /// The bitmaps of one disk, as one operation after another leaves them.
@@ -135,6 +187,7 @@ pub struct BitmapInfo {
 pub struct Draft {
     size: u64,
     bitmaps: Vec<Bitmap>,
+    pub(crate) checkpoints: Checkpoints,
 }
 
 /// A bitmap's dirty set, taken out of one draft to be merged into another.
@@ -143,7 +196,7 @@ pub struct DirtySet(Layers);
 
 impl Draft {
     pub(crate) fn new(size: u64) -> Self {
-        Self { size, bitmaps: Vec::new() }
+        Self { size, bitmaps: Vec::new(), checkpoints: Checkpoints::default() }
     }
 
     fn position(&self, name: &str) -> Result<usize, BitmapError> {
@@ -223,11 +276,21 @@ impl Draft {
         Ok(())
     }
 
-    /// Freezes a bitmap: its set as of the commit belongs to the caller, an empty successor takes over.
+    /// Freezes a bitmap for a job: its set as of the commit belongs to the caller, an empty successor takes over.
     pub fn freeze(&mut self, name: &str) -> Result<Frozen, BitmapError> {
+        self.freeze_for(name, Owner::Job)
+    }
+
+    /// Freezes a bitmap for whoever is at the control socket, who ends that by [`Draft::client_abdicate`] or
+    /// [`Draft::client_reclaim`].
+    pub fn create_successor(&mut self, name: &str) -> Result<Frozen, BitmapError> {
+        self.freeze_for(name, Owner::Client)
+    }
+
+    fn freeze_for(&mut self, name: &str, owner: Owner) -> Result<Frozen, BitmapError> {
         let bitmap = self.free(name)?;
         let successor = Layers::empty(bitmap.layers.granularity(), bitmap.layers.size());
-        let frozen = Frozen { id: Uuid::new_v4(), layers: std::mem::replace(&mut bitmap.layers, successor) };
+        let frozen = Frozen { id: Uuid::new_v4(), owner, layers: std::mem::replace(&mut bitmap.layers, successor) };
         bitmap.frozen = Some(frozen.clone());
         Ok(frozen)
     }
@@ -256,6 +319,31 @@ impl Draft {
         Ok(())
     }
 
+    /// The client's freeze of a bitmap, which has to be `id` if that is given; `none` if it is in no freeze at all.
+    fn of_client(&self, name: &str, id: Option<Uuid>, none: BitmapError) -> Result<Uuid, BitmapError> {
+        let bitmap = &self.bitmaps[self.position(name)?];
+        match &bitmap.frozen {
+            None => Err(none),
+            Some(frozen) if frozen.owner == Owner::Job => Err(BitmapError::Busy(name.to_owned())),
+            Some(frozen) if id.is_some_and(|id| id != frozen.id) => {
+                Err(BitmapError::OtherFreeze { name: name.to_owned(), freeze: frozen.id })
+            }
+            Some(frozen) => Ok(frozen.id),
+        }
+    }
+
+    /// [`Draft::abdicate`] by a client, of a freeze that a client made: `id`, if that is given.
+    pub fn client_abdicate(&mut self, name: &str, id: Option<Uuid>) -> Result<(), BitmapError> {
+        let id = self.of_client(name, id, BitmapError::NothingToAbdicate)?;
+        self.abdicate(name, id)
+    }
+
+    /// [`Draft::reclaim`] by a client, of a freeze that a client made: `id`, if that is given.
+    pub fn client_reclaim(&mut self, name: &str, id: Option<Uuid>) -> Result<(), BitmapError> {
+        let id = self.of_client(name, id, BitmapError::NothingToReclaim)?;
+        self.reclaim(name, id)
+    }
+
     /// Ends freeze `id`, merging back only `uncopied`: what `bitmap-mode: always` leaves after a failure.
     pub fn abdicate_except(&mut self, name: &str, id: Uuid, uncopied: &Bits) -> Result<(), BitmapError> {
         let (bitmap, _) = self.thaw(name, id)?;
@@ -279,11 +367,20 @@ impl Draft {
                 return Err(BitmapError::TooLarge(bitmap.name.clone()));
             }
         }
+        self.checkpoints.check_size(size)?;
         for bitmap in &mut self.bitmaps {
             bitmap.layers.resize(size, bitmap.recording);
         }
+        self.checkpoints.resize(size);
         self.size = size;
         Ok(())
+    }
+
+    /// The granularity of a bitmap whose bits stand still from the commit on: it is frozen (then those of the frozen set
+    /// do) or records nothing. `None` if they change with every write.
+    pub fn standing(&self, name: &str) -> Result<Option<Granularity>, BitmapError> {
+        let bitmap = &self.bitmaps[self.position(name)?];
+        Ok((bitmap.frozen.is_some() || !bitmap.recording).then(|| bitmap.layers.granularity()))
     }
 
     /// Whether there is such a bitmap.
@@ -293,7 +390,8 @@ impl Draft {
 
     /// The finest granularity that records; `None` if nothing does.
     pub(crate) fn recording_granularity(&self) -> Option<Granularity> {
-        self.bitmaps.iter().filter(|b| b.recording).map(|b| b.layers.granularity()).min()
+        let bitmaps = self.bitmaps.iter().filter(|b| b.recording).map(|b| b.layers.granularity());
+        bitmaps.chain(self.checkpoints.recording_granularity()).min()
     }
 
     /// The draft comes into force: `closed` is the generation that ended with it.
@@ -306,6 +404,7 @@ impl Draft {
                 frozen.close(closed);
             }
         }
+        self.checkpoints.settle(closed);
     }
 
     pub(crate) fn info(&self, live: Option<&Arc<LiveMap>>) -> Vec<BitmapInfo> {
@@ -318,6 +417,7 @@ impl Draft {
                 recording: bitmap.recording,
                 busy: bitmap.frozen.is_some(),
                 frozen: bitmap.frozen.as_ref().map(Frozen::id),
+                owner: bitmap.frozen.as_ref().map(Frozen::owner),
             })
             .collect()
     }

@@ -73,11 +73,14 @@ impl Tracker {
 
     /// The dirty bits of a bitmap as they stand; of the frozen set while there is one.
     pub fn bits(&self, name: &str) -> Result<Bits, BitmapError> {
-        let (draft, live) = {
-            let control = lock(&self.control);
-            (control.bitmaps.clone(), control.live.clone())
-        };
+        let (draft, live) = self.draft();
         draft.bits(name, live.as_ref())
+    }
+
+    /// All that stands, and the generation that is being written, to look at with no lock held.
+    pub(crate) fn draft(&self) -> (Draft, Option<Arc<LiveMap>>) {
+        let control = lock(&self.control);
+        (control.bitmaps.clone(), control.live.clone())
     }
 
     /// Number of the generation being written.
