@@ -7,5 +7,6 @@ pub mod device;
 pub mod disk;
 pub mod frontend;
 pub mod memory;
+pub mod persistence;
 pub mod session;
 pub mod write_path;

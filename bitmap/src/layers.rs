@@ -44,6 +44,16 @@ impl Layers {
         }
     }
 
+    /// What it holds but for the current generation: a base, and closed generations with the granularity of each.
+    pub(crate) fn parts(&self) -> (Option<&Arc<Bits>>, &[(Arc<LiveMap>, Granularity)]) {
+        (self.base.as_ref(), &self.closed)
+    }
+
+    /// Nothing but `base`.
+    pub(crate) fn of(base: Arc<Bits>) -> Self {
+        Self { base: Some(Arc::clone(&base)), ..Self::empty(base.granularity(), base.size()) }
+    }
+
     /// The current generation is closed, and named here if it belongs to this set.
     pub(crate) fn close(&mut self, generation: Option<&Arc<LiveMap>>) {
         for granularity in self.current.drain(..) {
@@ -131,9 +141,11 @@ impl Layers {
         bits
     }
 
-    /// Folds closed generations into a new base once there are many. The old record stays whole until it is replaced.
+    /// Folds closed generations into a new base once there are many, or if one is of another size: what a disk loses at its end must
+    /// not be back when it grows again. The old record stays whole until it is replaced.
     pub(crate) fn compact(&mut self) {
-        if self.closed.len() >= FOLD_AT {
+        let resized = |(generation, _): &(Arc<LiveMap>, Granularity)| generation.size() != self.size;
+        if self.closed.len() >= FOLD_AT || self.closed.iter().any(resized) {
             let current = std::mem::take(&mut self.current);
             let base = self.bits(None);
             *self = Self {

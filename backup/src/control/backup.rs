@@ -11,6 +11,7 @@ use crate::job::backup::Held;
 use crate::job::{
     Backup, BitmapMode, Content, Destination as Named, Hold, JobError, NewJob, OnFailure, Reservation, Settings,
 };
+use crate::node::Node;
 use crate::point::{Point, PointOptions, Wanted};
 use crate::qmp::{Arguments, QmpError};
 use blkmark_bitmap::Frozen;
@@ -203,6 +204,11 @@ impl BackupAction {
             SyncMode::Top | SyncMode::Full => Ok((self.sync, Some(mode))),
             SyncMode::Bitmap | SyncMode::Incremental => Ok((SyncMode::Bitmap, Some(mode))),
         }
+    }
+
+    /// What the commit to come arms, and where.
+    pub(super) fn point(&self) -> Option<(&Arc<Node>, &Arc<Point>)> {
+        self.backup.as_ref().map(|backup| (&backup.held.node, &backup.held.point))
     }
 
     /// The job, once the commit is in force.

@@ -12,6 +12,7 @@ use crate::job::{Locked, NewJob};
 use crate::node::Node;
 use crate::qmp::{Arguments, QmpError};
 use blkmark_bitmap::Commit;
+use blkmark_bitmap::flip::Cut;
 use blkmark_bitmap::named::Draft;
 use serde_json::Value;
 use std::sync::Arc;
@@ -142,7 +143,21 @@ pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) ->
     let mut stage = Stage::new(control, &locked, true);
     walk(&mut stage, &locked, &mut actions)?;
     let (disks, commits): (Vec<_>, Vec<_>) = stage.commits.into_iter().unzip();
-    let cuts = locked.commit(commits).map_err(|error| QmpError::generic(error.to_string()))?;
+    let begun = |cuts: &[Cut]| {
+        // Points begin before the commit is durable: what they hold of their guests must not wait for a store.
+        for action in &actions {
+            if let Action::Backup(backup) = action
+                && let Some((node, point)) = backup.point()
+            {
+                let cut = disks.iter().zip(cuts).find(|(disk, _)| Arc::ptr_eq(disk, node));
+                let Some((_, cut)) = cut else {
+                    unreachable!("a backup's disk is in the commit that armed its gate")
+                };
+                point.begin(Arc::clone(&cut.pre_cut));
+            }
+        }
+    };
+    locked.commit_then(commits, begun).map_err(|error| QmpError::generic(error.to_string()))?;
     // From here on there is no way back, and nothing that could fail but a job.
     let new: Vec<NewJob> = actions
         .into_iter()
@@ -151,12 +166,6 @@ pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) ->
             Action::Abort | Action::Bitmap(_) => None,
         })
         .collect();
-    for job in &new {
-        let held = &job.backup.held;
-        let cut = disks.iter().zip(&cuts).find(|(disk, _)| Arc::ptr_eq(disk, &held.node));
-        let Some((_, cut)) = cut else { unreachable!("a backup's disk is in the commit that armed its gate") };
-        held.point.begin(Arc::clone(&cut.pre_cut));
-    }
     locked.start(new, grouped);
     Ok(())
 }
