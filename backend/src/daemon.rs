@@ -8,7 +8,7 @@ use crate::config::{DiskOptions, ServeOptions, SocketSpec};
 use crate::disk::{DiskFile, OpenOptions};
 use crate::persistence;
 use crate::session::{Endpoint, Session};
-use crate::write_path::ServedDisk;
+use crate::write_path::{ServedDisk, ThreadOptions};
 use anyhow::{Context, Result, bail};
 use blkmark_backup::control::{Control, Settings};
 use blkmark_backup::node::Node;
@@ -220,7 +220,11 @@ fn endpoint(socket: &SocketSpec) -> Result<Endpoint> {
 
 fn open(disk: &DiskOptions, options: &ServeOptions) -> Result<OpenedDisk> {
     let open = OpenOptions { path: disk.path.clone(), read_only: disk.read_only, direct: disk.direct };
-    let file = Arc::new(DiskFile::open(&open)?);
+    let file = match disk.null {
+        Some(size) => DiskFile::null(size, disk.read_only).context("no memory for a null disk")?,
+        None => DiskFile::open(&open)?,
+    };
+    let file = Arc::new(file);
     let scratch = ScratchSettings {
         directory: scratch_directory(disk, options)?,
         cap: disk.scratch_size.unwrap_or_else(|| file.size()),
@@ -228,7 +232,8 @@ fn open(disk: &DiskOptions, options: &ServeOptions) -> Result<OpenedDisk> {
     };
     let serial = disk.serial.as_deref().unwrap_or(&disk.id);
     let place = persistence::place(disk, &file, options.runtime_dir.as_deref())?;
-    let served = ServedDisk::new(&disk.id, Arc::clone(&file), serial, disk.queues, disk.queue_size, place);
+    let threads = ThreadOptions { cpus: disk.cpus.clone(), spin: disk.poll };
+    let served = ServedDisk::new(&disk.id, Arc::clone(&file), serial, disk.queues, disk.queue_size, threads, place);
     let served = Arc::new(served);
     let node = Node::new(&disk.id, &disk.path, disk.read_only, Arc::clone(served.tracker()), file, scratch);
     let node = node.shown_by(Arc::clone(&served) as _);
@@ -239,6 +244,7 @@ fn open(disk: &DiskOptions, options: &ServeOptions) -> Result<OpenedDisk> {
 fn scratch_directory(disk: &DiskOptions, options: &ServeOptions) -> Result<PathBuf> {
     let directory = match (&disk.scratch, &options.runtime_dir) {
         (Some(directory), _) => directory.clone(),
+        (None, runtime) if disk.null.is_some() => runtime.clone().unwrap_or_else(std::env::temp_dir),
         (None, runtime) => {
             let stat = rustix::fs::stat(&disk.path)?;
             match (FileType::from_raw_mode(stat.st_mode), runtime) {

@@ -9,4 +9,5 @@ pub mod frontend;
 pub mod memory;
 pub mod persistence;
 pub mod session;
+pub mod vring;
 pub mod write_path;

@@ -25,6 +25,8 @@ const SHM: &str = "/dev/shm";
 pub(crate) fn place(disk: &DiskOptions, file: &DiskFile, runtime: Option<&Path>) -> Result<Option<Place>> {
     let path = match &disk.bitmaps {
         Bitmaps::Off => return Ok(None),
+        // Nothing of it outlives the process.
+        _ if disk.null.is_some() => return Ok(None),
         Bitmaps::At(path) => path.clone(),
         Bitmaps::Beside => default_path(&disk.path)?,
     };

@@ -375,7 +375,7 @@ fn settle(inner: &Inner, members: &[u64], success: bool) -> Result<(), StoreErro
 
 /// What a job leaves behind has to come into force, so there is no giving up. If it cannot be stored, that is no reason either: a
 /// start makes of what is stored what a failed job leaves.
-fn commit_until_done<'a>(prepare: impl Fn() -> Vec<Commit<'a>>) {
+pub(crate) fn commit_until_done<'a>(prepare: impl Fn() -> Vec<Commit<'a>>) {
     while let Err(error) = flip::commit_regardless(prepare()) {
         tracing::warn!(%error, "will try again");
         std::thread::sleep(BREATH);
