@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use blkmark_bitmap::Tracker;
 use blkmark_bitmap::store::{Directory, Maps, NoMaps, Place, Shm};
 use rustix::fs::FileType;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
@@ -30,8 +31,18 @@ pub(crate) fn place(disk: &DiskOptions, file: &DiskFile, runtime: Option<&Path>)
         Bitmaps::At(path) => path.clone(),
         Bitmaps::Beside => default_path(&disk.path)?,
     };
-    let context = || format!("the bitmap store '{}'", path.display());
-    let medium = Arc::new(Directory::open(&path).with_context(context)?);
+    let medium = match Directory::open(&path) {
+        Ok(medium) => medium,
+        // What the operator named has to be right; and nobody may have two disks, or two daemons, in one store.
+        Err(error) if disk.bitmaps != Bitmaps::Beside || error.kind() == io::ErrorKind::ResourceBusy => {
+            return Err(error).with_context(|| format!("the bitmap store '{}'", path.display()));
+        }
+        Err(error) => {
+            tracing::error!(disk = disk.id, store = %path.display(), %error, "no persistent bitmaps");
+            Directory::refused(&path, error.to_string())
+        }
+    };
+    let medium = Arc::new(medium);
     let shm = runtime.and_then(Shm::new).or_else(|| Shm::new(Path::new(SHM)));
     let maps: Box<dyn Maps> = match shm {
         Some(shm) => Box::new(shm),

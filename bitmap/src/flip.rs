@@ -368,8 +368,7 @@ impl Part<'_> {
     }
 
     fn show(&self) {
-        *lock(&self.tracker.view) =
-            View { bitmaps: self.control.bitmaps.clone(), live: self.control.live.clone() };
+        *lock(&self.tracker.view) = View { bitmaps: self.control.bitmaps.clone(), live: self.control.live.clone() };
     }
 }
 

@@ -4,9 +4,9 @@
 //! Orderings are relaxed throughout. What makes a mark visible to the flip is the marker's leaving of its critical
 //! section (`admission`); a reader beside live marking (a query) sees a subset that only grows.
 
+use crate::bits::{Bits, note, noted, pieces, summary_for, words_for};
 #[cfg(not(any(loom, shuttle)))]
 use crate::store::mapping::Mapping;
-use crate::bits::{Bits, note, noted, pieces, summary_for, words_for};
 use crate::sync::{AtomicU64, Ordering};
 use crate::units::{ByteRange, Granularity};
 use std::fmt;

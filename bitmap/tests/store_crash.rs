@@ -21,8 +21,8 @@ use medium::{Faults, Files, Random, SimMaps, SimMedium};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use uuid::Uuid;
 
 const MIB: u64 = 1 << 20;
@@ -291,7 +291,16 @@ fn open(medium: &Arc<SimMedium>, maps: &SimMaps, size: u64) -> Arc<Tracker> {
 }
 
 /// Opens what is left, and compares; crashes within that are looked into too.
-fn examine(files: Files, maps: SimMaps, outcomes: &[Model], lossy: bool, size: u64, seed: u64, deep: bool, context: &str) -> u64 {
+fn examine(
+    files: Files,
+    maps: SimMaps,
+    outcomes: &[Model],
+    lossy: bool,
+    size: u64,
+    seed: u64,
+    deep: bool,
+    context: &str,
+) -> u64 {
     let medium = SimMedium::new(files, seed, Faults::None, deep.then_some(recovery_point as fn(&str)));
     let recovering = Rc::new(Recovering {
         medium: RefCell::new(Some(Arc::clone(&medium))),
@@ -347,7 +356,15 @@ fn at_point(file: &str) {
 }
 
 impl World {
-    fn begin(files: Files, maps: SimMaps, model: Model, seed: u64, faults: Faults, lossy: bool, context: String) -> Rc<Self> {
+    fn begin(
+        files: Files,
+        maps: SimMaps,
+        model: Model,
+        seed: u64,
+        faults: Faults,
+        lossy: bool,
+        context: String,
+    ) -> Rc<Self> {
         WORLD.set(None);
         let size = model.size;
         let medium = SimMedium::new(files, seed, faults, Some(at_point));
@@ -558,7 +575,8 @@ impl World {
         let freeze = Cell::new(None);
         let mut begun = self.tracker.begin();
         if let Err(error) = op.draft(&mut begun.draft, &freeze) {
-            assert!(self.failed.get(), "{}: {op:?}: {error}", self.context);
+            let lost = self.tracker.list().iter().any(|info| info.inconsistent);
+            assert!(self.failed.get() || lost && self.faults != Faults::None, "{}: {op:?}: {error}", self.context);
             drop(begun);
             self.settle(false);
             return;

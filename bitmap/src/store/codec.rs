@@ -131,18 +131,12 @@ impl<'a> Decoder<'a> {
         String::from_utf8(self.bytes()?.to_vec()).map_err(|_| Damage::Nonsense)
     }
 
-    pub(crate) fn option<T>(
-        &mut self,
-        read: impl FnOnce(&mut Self) -> Result<T, Damage>,
-    ) -> Result<Option<T>, Damage> {
+    pub(crate) fn option<T>(&mut self, read: impl FnOnce(&mut Self) -> Result<T, Damage>) -> Result<Option<T>, Damage> {
         if self.bool()? { read(self).map(Some) } else { Ok(None) }
     }
 
     /// Each element takes at least a byte, so a count that cannot be true takes no memory.
-    pub(crate) fn list<T>(
-        &mut self,
-        mut read: impl FnMut(&mut Self) -> Result<T, Damage>,
-    ) -> Result<Vec<T>, Damage> {
+    pub(crate) fn list<T>(&mut self, mut read: impl FnMut(&mut Self) -> Result<T, Damage>) -> Result<Vec<T>, Damage> {
         let count = self.u32()? as usize;
         if count > self.0.len() {
             return Err(Damage::Short);

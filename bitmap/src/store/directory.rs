@@ -28,18 +28,34 @@ struct Open {
 /// A directory, there or not.
 pub struct Directory {
     path: PathBuf,
+    /// Why it can neither be looked into nor made.
+    refused: Option<String>,
     open: Mutex<Open>,
 }
 
 impl Directory {
     /// At `path`; locked if it is there.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let this = Self { path: path.to_owned(), open: Mutex::default() };
+        let this = Self { path: path.to_owned(), refused: None, open: Mutex::default() };
         match std::fs::symlink_metadata(path) {
             Ok(_) => this.take()?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
+        Ok(this)
+    }
+
+    /// One that cannot be had, for `reason`: whoever wants something stored is told so.
+    pub fn refused(path: &Path, reason: String) -> Self {
+        Self { path: path.to_owned(), refused: Some(reason), open: Mutex::default() }
+    }
+
+    /// The one at `path`, which is there, to look at: it is not locked, and nothing in it is changed.
+    pub fn inspect(path: &Path) -> io::Result<Self> {
+        let this = Self { path: path.to_owned(), refused: None, open: Mutex::default() };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+        this.state().directory = Some(Arc::new(directory));
         Ok(this)
     }
 
@@ -138,6 +154,9 @@ impl Medium for Directory {
     }
 
     fn make(&self) -> io::Result<()> {
+        if let Some(reason) = &self.refused {
+            return Err(io::Error::other(reason.clone()));
+        }
         if self.is_there() {
             return Ok(());
         }

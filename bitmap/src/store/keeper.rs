@@ -58,7 +58,9 @@ pub enum StoreError {
         reason: String,
     },
     /// The disk grew far beyond what it was at the start.
-    #[error("The bitmap store '{0}' has no room for a disk of this size: restart the daemon with the smaller disk first")]
+    #[error(
+        "The bitmap store '{0}' has no room for a disk of this size: restart the daemon with the smaller disk first"
+    )]
     TooLarge(String),
 }
 
@@ -165,7 +167,7 @@ impl Keeper {
             return nothing(keeper, draft);
         }
         let store = keeper.medium.name();
-        let record = match reading::slots(&*keeper.medium) {
+        let (record, stale) = match reading::slots(&*keeper.medium) {
             Slots::Fresh => return nothing(keeper, draft),
             Slots::Newer(version) => {
                 tracing::error!(store, version, "a newer blkmark made this store; it is left alone");
@@ -177,7 +179,9 @@ impl Keeper {
             Slots::Damaged(reason) => {
                 match keeper.medium.put_aside() {
                     Ok(aside) => tracing::error!(
-                        store, reason, aside,
+                        store,
+                        reason,
+                        aside,
                         "the bitmap store cannot be read: put aside, its bitmaps are gone; take full backups"
                     ),
                     Err(error) => {
@@ -189,7 +193,7 @@ impl Keeper {
                 }
                 return nothing(keeper, draft);
             }
-            Slots::Found(record) => *record,
+            Slots::Found(record, stale) => (*record, stale),
         };
         let reading = reading::read(&*keeper.medium, &record, Some(&disk), &mut *keeper.maps);
         keeper.store = record.store;
@@ -200,7 +204,8 @@ impl Keeper {
         tell(&store, &record, &reading);
         keeper.take_over(&mut draft, &reading);
         let generation = reading.generation + 1;
-        match keeper.begin_run(&draft, generation) {
+        let mended = keeper.mend_slot(&record, stale).map_err(|error| keeper.error(&error));
+        match mended.and_then(|()| keeper.begin_run(&draft, generation)) {
             Ok(live) => Opened { keeper, draft, generation, live },
             Err(error) => {
                 keeper.distrust(&mut draft, &error.to_string());
@@ -243,12 +248,25 @@ impl Keeper {
             Some(granularity) => Some(self.create_map(granularity, draft.size(), generation)?),
             None => None,
         };
-        let state =
-            State { draft, generation, live: live.as_ref(), prepared: None, decides: None, clean: None };
+        let state = State { draft, generation, live: live.as_ref(), prepared: None, decides: None, clean: None };
         match self.record(&state) {
             Ok(()) => Ok(live),
             Err(Failure::Before(error) | Failure::Torn(error)) => Err(error),
         }
+    }
+
+    /// Both slots have the record that was found before a new one is written over either of them.
+    fn mend_slot(&self, record: &Record, stale: Option<&str>) -> io::Result<()> {
+        let Some(slot) = stale else { return Ok(()) };
+        let bytes = record.encode();
+        // What was read may be in memory alone, if the process before was killed and the machine was not.
+        for whole in SLOTS.iter().filter(|whole| **whole != slot) {
+            self.medium.sync(whole)?;
+        }
+        self.medium.allocate(slot, bytes.len() as u64)?;
+        self.medium.write(slot, 0, &bytes)?;
+        self.medium.sync(slot)?;
+        self.medium.sync_dir()
     }
 
     fn begin_table(&mut self, size: u64) -> io::Result<()> {
@@ -272,9 +290,7 @@ impl Keeper {
         match &self.condition {
             Condition::Absent | Condition::Ready => Ok(()),
             Condition::Off(reason) => Err(StoreError::Off(reason.clone())),
-            Condition::Failed(reason) => {
-                Err(StoreError::Failed { store: self.medium.name(), reason: reason.clone() })
-            }
+            Condition::Failed(reason) => Err(StoreError::Failed { store: self.medium.name(), reason: reason.clone() }),
         }
     }
 
@@ -363,7 +379,8 @@ impl Keeper {
         if self.has_failed() {
             return Ok(self.record_distrust(state.draft));
         }
-        let mut writer = Writer { keeper: self, objects: Vec::new(), places: HashMap::new(), layers: Vec::new(), new: Vec::new() };
+        let mut writer =
+            Writer { keeper: self, objects: Vec::new(), places: HashMap::new(), layers: Vec::new(), new: Vec::new() };
         let written = writer.contents(state);
         let Writer { objects, layers, new, .. } = writer;
         let (contents, otherwise) = match written {
@@ -397,10 +414,9 @@ impl Keeper {
             clean: state.clean,
             size: state.draft.size(),
             generation: state.generation,
-            live: state.live.map(|live| LiveRecord {
-                granularity: live.granularity(),
-                synced: synced.map(|(_, object)| object),
-            }),
+            live: state
+                .live
+                .map(|live| LiveRecord { granularity: live.granularity(), synced: synced.map(|(_, object)| object) }),
             next_object: self.next_object,
             table: self.heat.table(),
             objects: objects.clone(),
@@ -481,14 +497,17 @@ impl Keeper {
             table: None,
             objects: Vec::new(),
             contents: Contents {
-                bitmaps: draft.kept().map(|bitmap| BitmapRecord {
-                    name: bitmap.name().to_owned(),
-                    granularity: bitmap.layers().granularity(),
-                    recording: false,
-                    inconsistent: true,
-                    layers: LayersRecord::default(),
-                    frozen: None,
-                }).collect(),
+                bitmaps: draft
+                    .kept()
+                    .map(|bitmap| BitmapRecord {
+                        name: bitmap.name().to_owned(),
+                        granularity: bitmap.layers().granularity(),
+                        recording: false,
+                        inconsistent: true,
+                        layers: LayersRecord::default(),
+                        frozen: None,
+                    })
+                    .collect(),
                 checkpoints: Vec::new(),
             },
             prepared: None,
@@ -497,7 +516,9 @@ impl Keeper {
         let Err(error) = self.write_slots(&record) else { return };
         let removed = SLOTS.map(|slot| self.medium.remove(slot));
         match removed.into_iter().collect::<io::Result<Vec<()>>>().and_then(|_| self.medium.sync_dir()) {
-            Ok(()) => tracing::error!(store = self.medium.name(), %error, "its record could not be written, and was removed"),
+            Ok(()) => {
+                tracing::error!(store = self.medium.name(), %error, "its record could not be written, and was removed")
+            }
             Err(gone) => tracing::error!(
                 store = self.medium.name(), %error, %gone,
                 "the store can be neither written nor emptied: REMOVE IT BY HAND before the machine is started again, or its bitmaps will lie"
@@ -508,7 +529,8 @@ impl Keeper {
     /// Makes the bits of the live generation durable as they stand, for the record that follows.
     pub(crate) fn sync_live(&mut self, generation: u64, live: &LiveMap) -> Result<(), StoreError> {
         let bits = live.to_bits();
-        let mut writer = Writer { keeper: self, objects: Vec::new(), places: HashMap::new(), layers: Vec::new(), new: Vec::new() };
+        let mut writer =
+            Writer { keeper: self, objects: Vec::new(), places: HashMap::new(), layers: Vec::new(), new: Vec::new() };
         let written = writer.write(&bits);
         let new = std::mem::take(&mut writer.new);
         let done = written.and_then(|object| self.medium.sync_dir().map(|()| object));

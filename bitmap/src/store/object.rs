@@ -118,8 +118,10 @@ pub(crate) fn decode(store: Uuid, named: &ObjectRef, bytes: &[u8]) -> Result<Bit
         let block = input.u64()?;
         let count = block.checked_mul(BLOCK).and_then(|first| words.checked_sub(first)).ok_or(Damage::Nonsense)?;
         let data = input.take(count.min(BLOCK) as usize * 8)?;
-        let words: Vec<u64> =
-            data.chunks_exact(8).map(|word| word.iter().rev().fold(0, |all, byte| all << 8 | u64::from(*byte))).collect();
+        let words: Vec<u64> = data
+            .chunks_exact(8)
+            .map(|word| word.iter().rev().fold(0, |all, byte| all << 8 | u64::from(*byte)))
+            .collect();
         if !bits.put_block(block, &words) {
             return Err(Damage::Nonsense);
         }

@@ -13,6 +13,7 @@ use super::table;
 use crate::bits::Bits;
 use crate::checkpoints::CheckpointMark;
 use crate::units::{ByteRange, Granularity};
+use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
@@ -26,8 +27,8 @@ const MOST_OBJECT: u64 = (1 << 30) + (1 << 25);
 pub enum Slots {
     /// Nothing was ever recorded.
     Fresh,
-    /// This.
-    Found(Box<Record>),
+    /// This. The other slot, if one is named, holds something else or nothing.
+    Found(Box<Record>, Option<&'static str>),
     /// A version of blkmark that is not this one wrote it.
     Newer(u32),
     /// Neither slot can be read.
@@ -57,9 +58,14 @@ pub fn slots(medium: &dyn Medium) -> Slots {
             if first.store != second.store {
                 return Slots::Damaged("its two slots are of different stores".to_owned());
             }
-            Slots::Found(Box::new(if second.sequence > first.sequence { second } else { first }))
+            match first.sequence.cmp(&second.sequence) {
+                Ordering::Less => Slots::Found(Box::new(second), Some(SLOTS[0])),
+                Ordering::Equal => Slots::Found(Box::new(first), None),
+                Ordering::Greater => Slots::Found(Box::new(first), Some(SLOTS[1])),
+            }
         }
-        [Ok(Some(record)), _] | [_, Ok(Some(record))] => Slots::Found(Box::new(record)),
+        [Ok(Some(record)), _] => Slots::Found(Box::new(record), Some(SLOTS[1])),
+        [_, Ok(Some(record))] => Slots::Found(Box::new(record), Some(SLOTS[0])),
         // Nobody was told of a record that only one slot was to have so far.
         [Ok(None), _] | [_, Ok(None)] | [Err(Damage::Missing), Err(Damage::Missing)] => {
             let names = medium.list().unwrap_or_default();

@@ -288,11 +288,7 @@ impl Record {
             objects: input.list(read_object)?,
             contents: read_contents(&mut input)?,
             prepared: input.option(|input| {
-                Ok(Prepared {
-                    commit: input.uuid()?,
-                    decided_in: input.text()?,
-                    otherwise: read_contents(input)?,
-                })
+                Ok(Prepared { commit: input.uuid()?, decided_in: input.text()?, otherwise: read_contents(input)? })
             })?,
             decided: input.option(Decoder::uuid)?,
         };

@@ -100,10 +100,6 @@ impl Files {
         self.files.get_mut(file).map(|file| &mut file.current)
     }
 
-    pub fn remove(&mut self, name: &str) {
-        self.names.remove(name);
-    }
-
     pub fn names(&self) -> Vec<String> {
         self.names.keys().cloned().collect()
     }
