@@ -66,10 +66,7 @@ impl Daemon {
             }
         }
         let served: Vec<_> = opened.iter().map(|(_, (served, _))| Arc::clone(served)).collect();
-        Self::start_opened(options, opened).map_err(|error| {
-            served.iter().for_each(|served| give_back_one(served));
-            error
-        })
+        Self::start_opened(options, opened).inspect_err(|_| served.iter().for_each(|served| give_back_one(served)))
     }
 
     fn start_opened(options: &ServeOptions, opened: Vec<(&DiskOptions, OpenedDisk)>) -> Result<Self> {

@@ -12,13 +12,16 @@ use std::sync::Arc;
 /// How many closed generations may pile up before they are folded.
 const FOLD_AT: usize = 8;
 
+/// A closed generation, and at which granularity it counts.
+pub(crate) type Closed = (Arc<LiveMap>, Granularity);
+
 /// A set of dirty bytes, written as a union.
 #[derive(Clone, Debug)]
 pub(crate) struct Layers {
     granularity: Granularity,
     size: u64,
     base: Option<Arc<Bits>>,
-    closed: Vec<(Arc<LiveMap>, Granularity)>,
+    closed: Vec<Closed>,
     /// At which granularities the generation that is still being written belongs to this set; empty: not at all.
     current: Vec<Granularity>,
 }
@@ -45,7 +48,7 @@ impl Layers {
     }
 
     /// What it holds but for the current generation: a base, and closed generations with the granularity of each.
-    pub(crate) fn parts(&self) -> (Option<&Arc<Bits>>, &[(Arc<LiveMap>, Granularity)]) {
+    pub(crate) fn parts(&self) -> (Option<&Arc<Bits>>, &[Closed]) {
         (self.base.as_ref(), &self.closed)
     }
 
@@ -144,7 +147,7 @@ impl Layers {
     /// Folds closed generations into a new base once there are many, or if one is of another size: what a disk loses at its end must
     /// not be back when it grows again. The old record stays whole until it is replaced.
     pub(crate) fn compact(&mut self) {
-        let resized = |(generation, _): &(Arc<LiveMap>, Granularity)| generation.size() != self.size;
+        let resized = |(generation, _): &Closed| generation.size() != self.size;
         if self.closed.len() >= FOLD_AT || self.closed.iter().any(resized) {
             let current = std::mem::take(&mut self.current);
             let base = self.bits(None);

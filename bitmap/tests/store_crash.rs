@@ -10,6 +10,7 @@
 #![cfg(not(any(loom, shuttle)))]
 
 #[path = "crash/medium.rs"]
+#[allow(dead_code, reason = "the tests of formats and groups use the rest")]
 mod medium;
 
 use blkmark_bitmap::flip::{commit_regardless, commit_then};
@@ -234,6 +235,9 @@ fn compare(tracker: &Tracker, model: &Model, lossy: bool) -> Result<(), String> 
     Ok(())
 }
 
+/// What a daemon begins with: files, maps, what may be found in them, and whether a store has failed before.
+type Life = (Files, SimMaps, Vec<Model>, bool);
+
 type Held = (ByteRange, usize, Arc<AtomicBool>);
 
 /// One run of a daemon over the simulated disk.
@@ -259,7 +263,7 @@ struct World {
     logging: Cell<bool>,
     points: Cell<u64>,
     /// Go on from here instead.
-    crash: RefCell<Option<(Files, SimMaps, Vec<Model>, bool)>>,
+    crash: RefCell<Option<Life>>,
     log: RefCell<Vec<String>>,
     context: String,
 }
@@ -290,17 +294,18 @@ fn open(medium: &Arc<SimMedium>, maps: &SimMaps, size: u64) -> Arc<Tracker> {
     Tracker::open_idle(Place { medium, maps, disk: stamp(size) }, 1, SLOTS)
 }
 
-/// Opens what is left, and compares; crashes within that are looked into too.
-fn examine(
+/// What a crash leaves, and with which numbers to look into it.
+struct Left {
     files: Files,
     maps: SimMaps,
-    outcomes: &[Model],
     lossy: bool,
     size: u64,
     seed: u64,
-    deep: bool,
-    context: &str,
-) -> u64 {
+}
+
+/// Opens what is left, and compares; crashes within that are looked into too.
+fn examine(left: Left, outcomes: &[Model], deep: bool, context: &str) -> u64 {
+    let Left { files, maps, lossy, size, seed } = left;
     let medium = SimMedium::new(files, seed, Faults::None, deep.then_some(recovery_point as fn(&str)));
     let recovering = Rc::new(Recovering {
         medium: RefCell::new(Some(Arc::clone(&medium))),
@@ -334,7 +339,8 @@ fn recovery_point(_: &str) {
     };
     let maps = if kill { recovering.maps.killed() } else { SimMaps::default() };
     let context = format!("{}, then {} in the recovery", recovering.context, if kill { "killed" } else { "power cut" });
-    let n = examine(files, maps, &recovering.outcomes, recovering.lossy, recovering.size, seed, false, &context);
+    let left = Left { files, maps, lossy: recovering.lossy, size: recovering.size, seed };
+    let n = examine(left, &recovering.outcomes, false, &context);
     recovering.points.set(recovering.points.get() + n);
     RECOVERING.set(Some(recovering));
 }
@@ -438,7 +444,8 @@ impl World {
             let last = &log[log.len().saturating_sub(30)..];
             let context = format!("{}, {last:?}, {}", self.context, if kill { "killed" } else { "power cut" });
             drop(log);
-            let n = examine(files, maps, &outcomes, self.is_lossy(), self.file_size.get(), seed, deep, &context);
+            let left = Left { files, maps, lossy: self.is_lossy(), size: self.file_size.get(), seed };
+            let n = examine(left, &outcomes, deep, &context);
             self.points.set(self.points.get() + n);
         }
     }
@@ -623,7 +630,7 @@ impl World {
                 self.tracker.cool()
             }
             2..=5 => {}
-            _ => return self.choose().iter().for_each(|op| self.command(op)),
+            _ => self.choose().iter().for_each(|op| self.command(op)),
         }
     }
 }
@@ -689,7 +696,7 @@ impl World {
     }
 
     /// A clean end: what is found afterwards is exactly what there was.
-    fn end(&self) -> (Files, SimMaps, Vec<Model>, bool) {
+    fn end(&self) -> Life {
         self.mend();
         self.finish_all();
         self.resume();

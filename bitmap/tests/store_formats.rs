@@ -3,6 +3,7 @@
 #![cfg(not(any(loom, shuttle)))]
 
 #[path = "crash/medium.rs"]
+#[allow(dead_code, reason = "the crash test uses all of it")]
 mod medium;
 
 use blkmark_bitmap::store::{Place, Stamp};

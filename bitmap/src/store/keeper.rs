@@ -377,7 +377,8 @@ impl Keeper {
     /// Makes `state` durable, whole. On success nothing that it does not name is left.
     pub(crate) fn record(&mut self, state: &State<'_>) -> Result<(), Failure> {
         if self.has_failed() {
-            return Ok(self.record_distrust(state.draft));
+            self.record_distrust(state.draft);
+            return Ok(());
         }
         let mut writer =
             Writer { keeper: self, objects: Vec::new(), places: HashMap::new(), layers: Vec::new(), new: Vec::new() };

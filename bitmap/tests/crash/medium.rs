@@ -4,10 +4,10 @@
 use blkmark_bitmap::store::Medium;
 use blkmark_bitmap::store::maps::{FoundMap, FoundMaps, MapHead, Maps};
 use blkmark_bitmap::{Bits, LiveMap};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use uuid::Uuid;
 
 /// Splitmix64: the same numbers for the same seed.
@@ -117,9 +117,11 @@ pub enum Faults {
 
 thread_local! {
     static QUIET: Cell<u64> = const { Cell::new(0) };
+    static NAMED: RefCell<BTreeMap<String, Weak<SimMedium>>> = const { RefCell::new(BTreeMap::new()) };
 }
 
 pub struct SimMedium {
+    pub name: String,
     pub state: Mutex<Files>,
     pub random: Mutex<Random>,
     pub faults: Faults,
@@ -130,13 +132,26 @@ pub struct SimMedium {
 
 impl SimMedium {
     pub fn new(files: Files, seed: u64, faults: Faults, hook: Option<fn(&str)>) -> Arc<Self> {
-        Arc::new(Self {
+        Self::named("simulated", files, seed, faults, hook)
+    }
+
+    /// The same, to be found by others under a name.
+    pub fn named(name: &str, files: Files, seed: u64, faults: Faults, hook: Option<fn(&str)>) -> Arc<Self> {
+        let medium = Arc::new(Self {
+            name: name.to_owned(),
             state: Mutex::new(files),
             random: Mutex::new(Random(seed)),
             faults,
             hook: hook.unwrap_or(|_| {}),
             hooked: hook.is_some(),
-        })
+        });
+        NAMED.with_borrow_mut(|named| named.insert(name.to_owned(), Arc::downgrade(&medium)));
+        medium
+    }
+
+    /// Is found by its name again, after another had it.
+    pub fn make_known(self: &Arc<Self>) {
+        NAMED.with_borrow_mut(|named| named.insert(self.name.clone(), Arc::downgrade(self)));
     }
 
     /// A point at which the machine may stop; answers whether this call is to fail.
@@ -164,7 +179,7 @@ impl SimMedium {
 
 impl Medium for SimMedium {
     fn name(&self) -> String {
-        "simulated".to_owned()
+        self.name.clone()
     }
 
     fn is_there(&self) -> bool {
@@ -272,8 +287,9 @@ impl Medium for SimMedium {
         Ok("aside".to_owned())
     }
 
-    fn read_elsewhere(&self, _: &str, _: &str, _: u64) -> io::Result<Vec<u8>> {
-        Err(io::ErrorKind::NotFound.into())
+    fn read_elsewhere(&self, directory: &str, file: &str, limit: u64) -> io::Result<Vec<u8>> {
+        let other = NAMED.with_borrow(|named| named.get(directory).and_then(Weak::upgrade));
+        other.ok_or(io::ErrorKind::NotFound)?.read(file, limit)
     }
 }
 
