@@ -63,6 +63,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Show on throw-away files what this program does: serve, write, back up, restore, compare
     Demo(DemoArgs),
+    /// Look into a disk's bitmap store without a daemon; writes nothing
+    Store(StoreArgs),
     /// A client of a running daemon.
     #[command(flatten)]
     Client(ClientCommand),
@@ -81,6 +83,32 @@ pub enum ClientCommand {
     Query(QueryArgs),
     /// Execute QMP commands: one from the arguments, or all from standard input
     Qmp(QmpArgs),
+}
+
+/// `blkmark store`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Exit status: 0 all that was asked for could be read (check: and can be relied on); 1 not so; 2 wrong usage."
+)]
+pub struct StoreArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub action: StoreAction,
+}
+
+/// What can be done with a store.
+#[derive(Debug, Subcommand)]
+pub enum StoreAction {
+    /// Read all of it, and fail if anything in it cannot be relied on
+    Check {
+        /// The store's directory, or the disk it belongs to
+        path: PathBuf,
+    },
+    /// Show the bitmaps in it
+    Show {
+        /// The store's directory, or the disk it belongs to
+        path: PathBuf,
+    },
 }
 
 /// `blkmark demo`.

@@ -14,9 +14,10 @@ mod qmp;
 mod query;
 mod serve;
 pub(crate) mod size;
+mod store;
 mod wait;
 
-pub use args::{Cli, ClientCommand, Command, DemoArgs};
+pub use args::{Cli, ClientCommand, Command, DemoArgs, StoreArgs};
 pub use failure::Failure;
 pub use output::Output;
 pub use serve::ServeArgs;
@@ -35,6 +36,18 @@ pub const CONTROL_VARIABLE: &str = "BLKMARK_CONTROL";
 pub fn run(cli: &Cli, command: &ClientCommand) -> ExitCode {
     let output = Output::new(cli.json);
     match execute(cli, command, &output) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            output.failure(&failure);
+            failure.exit_code()
+        }
+    }
+}
+
+/// Looks into a bitmap store; no daemon is asked.
+pub fn look_into(cli: &Cli, args: &StoreArgs) -> ExitCode {
+    let output = Output::new(cli.json);
+    match store::run(&args.action, &output) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             output.failure(&failure);

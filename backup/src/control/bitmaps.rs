@@ -21,7 +21,7 @@ pub(super) struct Named {
 #[derive(Clone, Debug)]
 pub(super) enum BitmapAction {
     /// A new one.
-    Add { bitmap: Named, granularity: Option<u32>, persistent: bool, disabled: bool },
+    Add { bitmap: Named, granularity: Option<u32>, persistent: Option<bool>, disabled: bool },
     /// It is gone.
     Remove(Named),
     /// It is empty.
@@ -48,7 +48,7 @@ impl BitmapAction {
         Ok(BitmapAction::Add {
             bitmap: named(arguments)?,
             granularity: arguments.opt_u32_or_decimal("granularity")?,
-            persistent: arguments.opt_bool("persistent")?.unwrap_or(false),
+            persistent: arguments.opt_bool("persistent")?,
             disabled: arguments.opt_bool("disabled")?.unwrap_or(false),
         })
     }
@@ -97,10 +97,13 @@ impl BitmapAction {
                     None => Granularity::DEFAULT,
                     Some(bytes) => Granularity::new(u64::from(*bytes)).ok_or(BitmapError::Granularity)?,
                 };
-                if *persistent {
-                    return Err(QmpError::generic("persistent bitmaps need a store, which this version does not have"));
+                // By default it survives the daemon, unless the operator has decided that none does.
+                let persistent = persistent.unwrap_or_else(|| disk.tracker.has_store());
+                let draft = stage.draft(disk);
+                draft.add(&bitmap.name, granularity, *disabled)?;
+                if persistent {
+                    draft.keep(&bitmap.name)?;
                 }
-                stage.draft(disk).add(&bitmap.name, granularity, *disabled)?;
                 stage.note_made(disk, &bitmap.name);
                 Ok(())
             }

@@ -121,9 +121,12 @@ fn bitmap_info(bitmap: &BitmapInfo) -> Value {
         "granularity": bitmap.granularity.bytes(),
         "recording": bitmap.recording,
         "busy": bitmap.busy,
-        "persistent": false,
+        "persistent": bitmap.persistent,
         "frozen": bitmap.frozen.is_some(),
     });
+    if bitmap.inconsistent {
+        info["inconsistent"] = true.into();
+    }
     if let Some(freeze) = bitmap.frozen {
         info["freeze-id"] = freeze.to_string().into();
     }

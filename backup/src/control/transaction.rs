@@ -14,6 +14,7 @@ use crate::job::{Backup, Locked, NewJob, Work};
 use crate::node::Node;
 use crate::qmp::{Arguments, QmpError};
 use blkmark_bitmap::Commit;
+use blkmark_bitmap::flip::Cut;
 use blkmark_bitmap::named::Draft;
 use serde_json::Value;
 use std::sync::Arc;
@@ -190,7 +191,21 @@ pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) ->
     let mut stage = Stage::new(control, &locked, true);
     walk(&mut stage, &locked, &mut actions)?;
     let (disks, commits): (Vec<_>, Vec<_>) = stage.commits.into_iter().unzip();
-    let cuts = locked.commit(commits).map_err(|error| QmpError::generic(error.to_string()))?;
+    let begun = |cuts: &[Cut]| {
+        // Points begin before the commit is durable: what they hold of their guests must not wait for a store.
+        let cut_of = points::cut_of(&disks, cuts);
+        for action in &actions {
+            let armed = match action {
+                Action::Backup(backup) => backup.armed(),
+                Action::Point(point) => point.armed(),
+                Action::Abort | Action::Bitmap(_) | Action::Populate(_) => None,
+            };
+            if let Some((disk, point)) = armed {
+                point.begin(cut_of(disk));
+            }
+        }
+    };
+    locked.commit_then(commits, begun).map_err(|error| QmpError::generic(error.to_string()))?;
     // From here on there is no way back, and nothing that could fail but a job.
     for action in &mut actions {
         match action {
@@ -199,22 +214,13 @@ pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) ->
             Action::Abort | Action::Bitmap(_) | Action::Populate(_) => {}
         }
     }
-    let cut_of = points::cut_of(&disks, &cuts);
     let (mut new, mut gone): (Vec<NewJob>, Vec<_>) = (Vec::new(), Vec::new());
     for action in actions {
         match action {
             Action::Backup(backup) => new.extend(backup.into_job()),
             Action::Populate(populate) => new.extend(populate.into_job()),
-            Action::Point(point) => gone.extend(point.in_force(control, &cut_of)),
+            Action::Point(point) => gone.extend(point.in_force(control)),
             Action::Abort | Action::Bitmap(_) => {}
-        }
-    }
-    for job in &new {
-        // A populate reads beside the writes that were in flight: they count as written since.
-        if let Work::Backup(Backup { held, .. }) = &job.work
-            && !held.point.is_view()
-        {
-            held.point.begin(cut_of(&held.node));
         }
     }
     locked.start(new, grouped);
