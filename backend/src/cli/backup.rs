@@ -82,6 +82,9 @@ fn drive_backup(args: &BackupArgs, disk: &str, job: &str, path: &Path, mode: &st
     if let Some(speed) = args.speed {
         arguments["speed"] = json!(speed);
     }
+    if args.compress {
+        arguments["compress"] = json!(true);
+    }
     if args.keep {
         arguments["on-failure"] = json!("keep");
     }
