@@ -45,6 +45,8 @@ pub(crate) struct Kept {
     face: Arc<Face>,
     pre_cut: Arc<PreCut>,
     pub(crate) index: BTreeMap<u64, Saved>,
+    /// How many of them were saved as a block, not as zeroes.
+    pub(crate) blocks: u64,
     pub(crate) broken: Option<Arc<ScratchError>>,
     /// It is disarmed; readers may go on with what is kept.
     pub(crate) ended: bool,
@@ -226,7 +228,8 @@ impl CopyBeforeWrite {
 
     /// A point came into force.
     pub(crate) fn enter(&self, face: Arc<Face>, pre_cut: Arc<PreCut>) {
-        let kept = Kept { pre_cut, index: BTreeMap::new(), broken: None, ended: false, face: Arc::clone(&face) };
+        let kept =
+            Kept { pre_cut, index: BTreeMap::new(), blocks: 0, broken: None, ended: false, face: Arc::clone(&face) };
         self.state().points.insert(face.key, kept);
         self.work.notify_all();
     }
@@ -319,6 +322,7 @@ impl CopyBeforeWrite {
             for (key, _) in before.iter().filter(|(key, _)| after.contains(key)) {
                 if let Some(kept) = state.points.get_mut(key) {
                     kept.index.insert(unit.start(), saved.clone());
+                    kept.blocks += u64::from(saved.is_some());
                     kept.face.settle(unit);
                 }
             }

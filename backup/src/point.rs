@@ -10,8 +10,12 @@
 //! come meanwhile, so what was read is dropped and scratch counts. Both decide under one lock, and the reader leaves a
 //! unit open that a saver is just reading, for else a write could slip in under the saver's read.
 //!
-//! A point that is *kept* can be read again and again: its reader settles nothing, so every unit is saved on its first
-//! overwrite, and stays in scratch until the point is dropped.
+//! A point that is *kept* can be read again and again (`read`): its readers settle nothing, so every unit is saved on its
+//! first overwrite, and stays in scratch until the point is dropped.
+
+mod read;
+
+pub use read::{PointCost, PointSource};
 
 use crate::cbw::{CopyBeforeWrite, OnError, Saved, State};
 use crate::node::Node;
@@ -20,6 +24,7 @@ use crate::scratch::ScratchError;
 use crate::source::BlockStatus;
 use blkmark_bitmap::sync::{AtomicBool, Mutex, MutexGuard, Ordering, fence, lock};
 use blkmark_bitmap::{Bits, ByteRange, Frozen, Gate, Granularity, LiveMap, PreCut, Resume};
+use std::any::Any;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -112,6 +117,18 @@ pub struct Point {
     cluster: Granularity,
     keep: bool,
     pre_cut: Mutex<Option<Arc<PreCut>>>,
+    /// There if this is a reader's way to a point that belongs to somebody else.
+    view: Option<View>,
+}
+
+/// What makes a view of a point.
+struct View {
+    /// Whose drop ends the point.
+    of: Arc<Point>,
+    /// The clusters that the reader takes; all if there is none.
+    plan: Option<Bits>,
+    /// Goes when the reader is done.
+    lease: Mutex<Option<Box<dyn Any + Send + Sync>>>,
 }
 
 /// Points are told apart by number, which is never used again.
@@ -141,6 +158,7 @@ impl Point {
             cluster,
             keep: options.keep,
             pre_cut: Mutex::new(None),
+            view: None,
         }))
     }
 
@@ -157,6 +175,10 @@ impl Point {
 
     /// It is disarmed: lets go of whatever is still held. What is kept goes with the last reader.
     pub fn end(&self) {
+        if let Some(view) = &self.view {
+            drop(lock(&view.lease).take());
+            return;
+        }
         self.cbw.end(self.face.key);
     }
 
@@ -182,6 +204,9 @@ impl Point {
 
     /// All wanted clusters; to be asked after the commit.
     pub fn clusters(&self) -> Bits {
+        if let Some(plan) = self.view.as_ref().and_then(|view| view.plan.as_ref()) {
+            return plan.at(self.cluster);
+        }
         match &self.face.wanted {
             Wanted::All => Bits::full(self.cluster, self.size()),
             Wanted::Frozen(frozen) => frozen.bits().at(self.cluster),
@@ -357,7 +382,11 @@ impl Gate for Point {
 
 impl Drop for Point {
     fn drop(&mut self) {
-        self.cbw.leave(self.face.key);
+        match &self.view {
+            // `of` does it, once the last view is gone.
+            Some(view) => debug_assert_eq!(view.of.face.key, self.face.key),
+            None => self.cbw.leave(self.face.key),
+        }
     }
 }
 

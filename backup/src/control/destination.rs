@@ -91,7 +91,7 @@ impl Destination {
         match &self.named {
             Named::Node(name) => match control.disk(name).is_some() || control.target_node(name).is_some() {
                 true => Ok(()),
-                false => Err(not_found(name)),
+                false => Err(control.if_point(name, "nothing is written to it").unwrap_or_else(|| not_found(name))),
             },
             Named::Path { format, .. } => {
                 // Whether one is needed is seen when the file is: nobody's file is looked at under the lock.

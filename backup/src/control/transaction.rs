@@ -7,6 +7,7 @@
 
 use super::backup::BackupAction;
 use super::bitmaps::BitmapAction;
+use super::points::{self, PointAction};
 use super::{Control, done};
 use crate::job::{Locked, NewJob};
 use crate::node::Node;
@@ -23,6 +24,8 @@ pub(super) enum Action {
     Abort,
     /// A bitmap operation.
     Bitmap(BitmapAction),
+    /// A point in time that is made or dropped.
+    Point(Box<PointAction>),
     /// A backup job.
     Backup(Box<BackupAction>),
 }
@@ -33,12 +36,14 @@ pub(super) struct Stage<'a> {
     commits: Vec<(&'a Arc<Node>, Commit<'a>)>,
     /// Whether this walk ends in the commit.
     pub(super) real: bool,
+    /// Names of points that the actions so far remove.
+    pub(super) removed: Vec<String>,
 }
 
 impl<'a> Stage<'a> {
     /// Only while the job registry is locked: that is what keeps two stages apart.
     fn new(control: &'a Control, _locked: &Locked<'_>, real: bool) -> Self {
-        Self { control, commits: Vec::new(), real }
+        Self { control, commits: Vec::new(), real, removed: Vec::new() }
     }
 
     pub(super) fn control(&self) -> &'a Control {
@@ -72,6 +77,7 @@ impl Action {
         Ok(match kind {
             Kind::Abort => Action::Abort,
             Kind::Bitmap(read) => Action::Bitmap(read(data)?),
+            Kind::Point(read) => Action::Point(Box::new(read(data)?)),
             Kind::Backup(read) => Action::Backup(Box::new(read(data)?)),
         })
     }
@@ -81,6 +87,7 @@ impl Action {
 enum Kind {
     Abort,
     Bitmap(fn(&mut Arguments) -> Result<BitmapAction, QmpError>),
+    Point(fn(&mut Arguments) -> Result<PointAction, QmpError>),
     Backup(fn(&mut Arguments) -> Result<BackupAction, QmpError>),
 }
 
@@ -93,6 +100,8 @@ const KINDS: &[(&str, Kind)] = &[
     ("block-dirty-bitmap-enable", Kind::Bitmap(BitmapAction::read_enable)),
     ("block-dirty-bitmap-disable", Kind::Bitmap(BitmapAction::read_disable)),
     ("block-dirty-bitmap-merge", Kind::Bitmap(BitmapAction::read_merge)),
+    ("point-add", Kind::Point(PointAction::read_add)),
+    ("point-remove", Kind::Point(PointAction::read_remove)),
     ("blockdev-backup", Kind::Backup(BackupAction::read_blockdev)),
     ("drive-backup", Kind::Backup(BackupAction::read_drive)),
 ];
@@ -144,20 +153,22 @@ pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) ->
     let (disks, commits): (Vec<_>, Vec<_>) = stage.commits.into_iter().unzip();
     let cuts = locked.commit(commits).map_err(|error| QmpError::generic(error.to_string()))?;
     // From here on there is no way back, and nothing that could fail but a job.
-    let new: Vec<NewJob> = actions
-        .into_iter()
-        .filter_map(|action| match action {
-            Action::Backup(backup) => backup.into_job(),
-            Action::Abort | Action::Bitmap(_) => None,
-        })
-        .collect();
-    for job in &new {
-        let held = &job.backup.held;
-        let cut = disks.iter().zip(&cuts).find(|(disk, _)| Arc::ptr_eq(disk, &held.node));
-        let Some((_, cut)) = cut else { unreachable!("a backup's disk is in the commit that armed its gate") };
-        held.point.begin(Arc::clone(&cut.pre_cut));
+    let cut_of = points::cut_of(&disks, &cuts);
+    let (mut new, mut gone): (Vec<NewJob>, Vec<_>) = (Vec::new(), Vec::new());
+    for action in actions {
+        match action {
+            Action::Backup(backup) => new.extend(backup.into_job()),
+            Action::Point(point) => gone.extend(point.in_force(control, &cut_of)),
+            Action::Abort | Action::Bitmap(_) => {}
+        }
+    }
+    for held in new.iter().map(|job| &job.backup.held).filter(|held| !held.point.is_view()) {
+        held.point.begin(cut_of(&held.node));
     }
     locked.start(new, grouped);
+    drop(locked);
+    // What points kept is given back without the lock.
+    drop(gone);
     Ok(())
 }
 
@@ -166,6 +177,10 @@ fn walk<'a>(stage: &mut Stage<'a>, locked: &Locked<'_>, actions: &mut [Action]) 
         match action {
             Action::Abort => return Err(QmpError::generic("Transaction aborted using Abort action")),
             Action::Bitmap(action) => action.apply(stage)?,
+            Action::Point(action) => {
+                action.apply(stage)?;
+                locked.may_start()?;
+            }
             Action::Backup(action) => {
                 action.apply(stage)?;
                 locked.may_start()?;
