@@ -444,6 +444,7 @@ fn all_that_is_declared_is_declared_so_in_qemu() {
 const OUR_OWN: &[&str] = &["job-retry", "point-add", "point-remove"];
 
 const ONLY_HERE: &[&str] = &[
+    "block-job-change.max-guest-latency: only here",
     "blockdev-backup.cbw-timeout: only here",
     "blockdev-backup.max-guest-latency: only here",
     "blockdev-backup.on-cbw-error: only here",
@@ -452,6 +453,7 @@ const ONLY_HERE: &[&str] = &[
     "drive-backup.max-guest-latency: only here",
     "drive-backup.on-cbw-error: only here",
     "drive-backup.on-failure: only here",
+    "query-block-jobs:.max-guest-latency: only here",
     "query-block:.inserted.dirty-bitmaps.freeze-id: only here",
     "query-block:.inserted.dirty-bitmaps.frozen: only here",
     "query-block:.inserted.point: only here",

@@ -17,6 +17,7 @@ pub mod guest;
 pub mod images;
 pub mod lab;
 pub mod loop_device;
+pub mod loop_fs;
 pub mod process;
 pub mod qmp;
 pub mod random;

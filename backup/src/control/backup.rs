@@ -15,6 +15,7 @@ use crate::job::{
 use crate::node::Node;
 use crate::point::{Point, PointOptions, Wanted};
 use crate::qmp::{Arguments, QmpError};
+use crate::scratch::ScratchFiles;
 use crate::target::Target;
 use blkmark_bitmap::{Bits, Frozen, Granularity};
 use serde_json::Value;
@@ -64,6 +65,7 @@ pub(super) struct BackupAction {
     perf: Perf,
     destination: Destination,
     id: Option<Reservation>,
+    scratch: Option<ScratchFiles>,
     backup: Option<Backup>,
     of_point: Option<OfPoint>,
 }
@@ -102,9 +104,11 @@ impl BackupAction {
             perf: options::perf(arguments)?,
             destination: destination(arguments)?,
             id: None,
+            scratch: None,
             backup: None,
             of_point: None,
         };
+        action.settings.sharing = action.perf.copy_range;
         action.point.keep = action.settings.on_failure == OnFailure::Keep;
         if action.point.keep && action.sync == SyncMode::None {
             return Err(QmpError::generic("on-failure 'keep' has no meaning with sync mode 'none'"));
@@ -120,9 +124,14 @@ impl BackupAction {
         Self::read(arguments, Destination::read_path)
     }
 
-    /// Whether [`BackupAction::open`] has something to do.
-    pub(super) fn opens_a_file(&self) -> bool {
-        self.destination.is_file()
+    /// Makes scratch, with no lock held: its file system may take its time. A point in time has its own already.
+    pub(super) fn open_scratch(&mut self, control: &Control) -> Result<(), QmpError> {
+        if control.point(&self.device).is_some() {
+            return Ok(());
+        }
+        let scratch = control.device(&self.device)?.open_scratch();
+        self.scratch = Some(scratch.map_err(|error| QmpError::generic(error.to_string()))?);
+        Ok(())
     }
 
     /// Opens or makes the file, with no lock held. What made no sense was refused before.
@@ -132,6 +141,11 @@ impl BackupAction {
             None => control.device(&self.device)?.tracker.size(),
         };
         self.destination.open(control, size, overwrite)
+    }
+
+    /// What of it was not needed, since the disk has scratch already.
+    pub(super) fn spare_scratch(&mut self) -> Option<ScratchFiles> {
+        self.scratch.take()
     }
 
     /// Checks all there is to check and takes what has to be taken; in a real walk, freezes and arms.
@@ -163,8 +177,8 @@ impl BackupAction {
             // A raw disk stands on nothing, so all of it is its top layer, as in QEMU.
             _ => Wanted::All,
         };
-        let point =
-            Point::prepare(disk, wanted, cluster, self.point).map_err(|error| QmpError::generic(error.to_string()))?;
+        let point = Point::prepare_with(disk, &mut self.scratch, wanted, cluster, self.point)
+            .map_err(|error| QmpError::generic(error.to_string()))?;
         commit.arm(point.gate());
         let content = if sync == SyncMode::None { Content::Overwritten } else { Content::Wanted };
         let destination = self.destination.named().clone();

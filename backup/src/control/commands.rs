@@ -42,6 +42,7 @@ pub(super) static COMMANDS: &[Command] = &[
     order("block-export-add", exports::add, &EXPORT),
     order("block-export-del", exports::delete, &EXPORT_DEL),
     order("block-job-cancel", jobs::block_cancel, &object(&[JOB_DEVICE, &[optional("force", Bool)]])),
+    order("block-job-change", jobs::block_change, &JOB_CHANGE),
     order("block-job-complete", jobs::block_complete, &object(&[JOB_DEVICE])),
     order("block-job-dismiss", jobs::block_dismiss, &JOB),
     order("block-job-finalize", jobs::block_finalize, &JOB),
@@ -159,6 +160,9 @@ const JOB_DEVICE: &[Member] = &[required("device", Str)];
 
 const JOB_TYPE: Type = Type::Enum(&["backup"]);
 
+static JOB_CHANGE: Object =
+    object(&[&[required("id", Str), required("type", JOB_TYPE), required("max-guest-latency", Int)]]);
+
 const JOB_STATUS: Type = Type::Enum(&[
     "undefined",
     "created",
@@ -196,6 +200,7 @@ static BLOCK_JOB_INFO: Object = object(&[
     &[
         required("busy", Bool),
         required("paused", Bool),
+        required("max-guest-latency", Int),
         required("io-status", Type::Enum(&["ok", "failed", "nospace"])),
         required("ready", Bool),
         required("status", JOB_STATUS),

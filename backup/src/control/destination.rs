@@ -81,11 +81,6 @@ impl Destination {
         &self.named
     }
 
-    /// Whether [`Destination::open`] has something to do.
-    pub(super) fn is_file(&self) -> bool {
-        matches!(self.named, Named::Path { .. })
-    }
-
     /// What can be said before anything is taken or opened.
     pub(super) fn check(&self, control: &Control) -> Result<(), QmpError> {
         match &self.named {

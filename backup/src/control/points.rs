@@ -13,6 +13,7 @@ use crate::job::Locked;
 use crate::node::Node;
 use crate::point::{Point, PointOptions, Wanted};
 use crate::qmp::{Arguments, QmpError};
+use crate::scratch::ScratchFiles;
 use blkmark_bitmap::flip::Cut;
 use blkmark_bitmap::{Granularity, PreCut};
 use serde_json::{Value, json};
@@ -209,6 +210,7 @@ pub(super) struct AddPoint {
     name: String,
     options: PointOptions,
     reserved: Option<Reserved>,
+    scratch: Option<ScratchFiles>,
     made: Option<Arc<PointNode>>,
 }
 
@@ -237,11 +239,28 @@ impl PointAction {
     pub(super) fn read_add(arguments: &mut Arguments) -> Result<Self, QmpError> {
         let (disk, name) = (arguments.string("node")?, arguments.string("name")?);
         let options = PointOptions { keep: true, ..options::point_options(arguments)? };
-        Ok(Self::Add(AddPoint { disk, name, options, reserved: None, made: None }))
+        Ok(Self::Add(AddPoint { disk, name, options, reserved: None, scratch: None, made: None }))
     }
 
     pub(super) fn read_remove(arguments: &mut Arguments) -> Result<Self, QmpError> {
         Ok(Self::Remove(RemovePoint { name: arguments.string("name")?, leaving: None }))
+    }
+
+    /// Makes scratch, with no lock held: its file system may take its time.
+    pub(super) fn open_scratch(&mut self, control: &Control) -> Result<(), QmpError> {
+        if let Self::Add(add) = self {
+            let scratch = control.device(&add.disk)?.open_scratch();
+            add.scratch = Some(scratch.map_err(|error| QmpError::generic(error.to_string()))?);
+        }
+        Ok(())
+    }
+
+    /// What of it was not needed, since the disk has scratch already.
+    pub(super) fn spare_scratch(&mut self) -> Option<ScratchFiles> {
+        match self {
+            Self::Add(add) => add.scratch.take(),
+            Self::Remove(_) => None,
+        }
     }
 
     /// Takes what has to be taken; in a real walk, arms or disarms.
@@ -286,7 +305,7 @@ impl AddPoint {
             self.reserved = Some(control.reserve_point(&self.name, &stage.removed)?);
         }
         if stage.real {
-            let point = Point::prepare(disk, Wanted::All, CLUSTER, self.options)
+            let point = Point::prepare_with(disk, &mut self.scratch, Wanted::All, CLUSTER, self.options)
                 .map_err(|error| QmpError::generic(error.to_string()))?;
             stage.commit(disk).arm(point.gate());
             let (name, users) = (self.name.clone(), Mutex::default());

@@ -1,8 +1,8 @@
 //! Transactions: any number of actions, in force at one instant, or not at all.
 //!
-//! The actions are walked in order, each on the drafts that those before it left. If files have to be opened or made,
-//! there are two walks: the first only checks, so that a transaction that cannot succeed touches no file; then the files
-//! are opened, with no lock held; the second one is for real and ends in the commit. Whatever fails on the way, all that
+//! The actions are walked in order, each on the drafts that those before it left. If there are backups or points in time, which need files,
+//! there are two walks: the first only checks, so that a transaction that cannot succeed touches no file; then scratch and
+//! targets are opened, with no lock held; the second one is for real and ends in the commit. Whatever fails on the way, all that
 //! was prepared is dropped, and dropping undoes it: drafts, frozen sets, points, claims, reservations, files made.
 
 use super::backup::BackupAction;
@@ -135,10 +135,17 @@ pub(super) fn transaction(control: &Control, mut arguments: Arguments) -> Result
 
 /// Does all of `actions`, or nothing.
 pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) -> Result<(), QmpError> {
-    if actions.iter().any(|action| matches!(action, Action::Backup(backup) if backup.opens_a_file())) {
+    if actions.iter().any(|action| matches!(action, Action::Backup(_) | Action::Point(_))) {
         let locked = control.jobs.lock();
         walk(&mut Stage::new(control, &locked, false), &locked, &mut actions)?;
         drop(locked);
+        for action in &mut actions {
+            match action {
+                Action::Backup(backup) => backup.open_scratch(control)?,
+                Action::Point(point) => point.open_scratch(control)?,
+                Action::Abort | Action::Bitmap(_) => {}
+            }
+        }
         for overwrite in [false, true] {
             for action in &mut actions {
                 if let Action::Backup(backup) = action {
@@ -147,12 +154,21 @@ pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) ->
             }
         }
     }
+    // Closed when the lock is free again.
+    let mut spare = Vec::new();
     let mut locked = control.jobs.lock();
     let mut stage = Stage::new(control, &locked, true);
     walk(&mut stage, &locked, &mut actions)?;
     let (disks, commits): (Vec<_>, Vec<_>) = stage.commits.into_iter().unzip();
     let cuts = locked.commit(commits).map_err(|error| QmpError::generic(error.to_string()))?;
     // From here on there is no way back, and nothing that could fail but a job.
+    for action in &mut actions {
+        match action {
+            Action::Backup(backup) => spare.push(backup.spare_scratch()),
+            Action::Point(point) => spare.push(point.spare_scratch()),
+            Action::Abort | Action::Bitmap(_) => {}
+        }
+    }
     let cut_of = points::cut_of(&disks, &cuts);
     let (mut new, mut gone): (Vec<NewJob>, Vec<_>) = (Vec::new(), Vec::new());
     for action in actions {

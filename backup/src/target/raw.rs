@@ -6,9 +6,11 @@
 use super::bytes::{Kind, check_range};
 use super::draft::Draft;
 use super::pour::Pour;
+use super::share::Sharing;
 use super::{CreateOptions, Policy, Target, TargetError};
 use crate::source::FileId;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
 /// A page: what is written in whole pages needs nothing read.
@@ -22,6 +24,7 @@ pub(super) struct RawTarget {
     path: PathBuf,
     ids: [FileId; 1],
     pour: Pour,
+    sharing: Sharing,
 }
 
 impl RawTarget {
@@ -53,7 +56,7 @@ impl RawTarget {
         draft.keep();
         let ids = [draft.bytes.id()];
         let pour = Pour::new(&draft.bytes);
-        Self { draft, size, reads_zero, path: path.to_owned(), ids, pour }
+        Self { draft, size, reads_zero, path: path.to_owned(), ids, pour, sharing: Sharing::default() }
     }
 }
 
@@ -78,6 +81,10 @@ impl Target for RawTarget {
     fn write_zeroes_at(&self, offset: u64, len: u64) -> io::Result<()> {
         check_range(offset, len, self.size)?;
         self.draft.bytes.zero_at(offset, len)
+    }
+
+    fn take_from(&self, file: BorrowedFd<'_>, offset: u64, len: u64) -> bool {
+        check_range(offset, len, self.size).is_ok() && self.sharing.take(file, self.draft.bytes.file(), offset, len)
     }
 
     fn flush(&self) -> io::Result<()> {
