@@ -408,18 +408,13 @@ impl Draft {
     }
 
     pub(crate) fn info(&self, live: Option<&Arc<LiveMap>>) -> Vec<BitmapInfo> {
-        self.bitmaps
-            .iter()
-            .map(|bitmap| BitmapInfo {
-                name: bitmap.name.clone(),
-                granularity: bitmap.layers.granularity(),
-                count: bitmap.shown(live).dirty_bytes(),
-                recording: bitmap.recording,
-                busy: bitmap.frozen.is_some(),
-                frozen: bitmap.frozen.as_ref().map(Frozen::id),
-                owner: bitmap.frozen.as_ref().map(Frozen::owner),
-            })
-            .collect()
+        self.bitmaps.iter().map(|bitmap| bitmap.info(bitmap.shown(live).dirty_bytes())).collect()
+    }
+
+    pub(crate) fn look(&self, name: &str, live: Option<&Arc<LiveMap>>) -> Result<(BitmapInfo, Bits), BitmapError> {
+        let bitmap = &self.bitmaps[self.position(name)?];
+        let bits = bitmap.shown(live);
+        Ok((bitmap.info(bits.dirty_bytes()), bits))
     }
 
     pub(crate) fn bits(&self, name: &str, live: Option<&Arc<LiveMap>>) -> Result<Bits, BitmapError> {
@@ -428,6 +423,18 @@ impl Draft {
 }
 
 impl Bitmap {
+    fn info(&self, count: u64) -> BitmapInfo {
+        BitmapInfo {
+            name: self.name.clone(),
+            granularity: self.layers.granularity(),
+            count,
+            recording: self.recording,
+            busy: self.frozen.is_some(),
+            frozen: self.frozen.as_ref().map(Frozen::id),
+            owner: self.frozen.as_ref().map(Frozen::owner),
+        }
+    }
+
     fn shown(&self, live: Option<&Arc<LiveMap>>) -> Bits {
         match &self.frozen {
             Some(frozen) => frozen.layers.bits(live),

@@ -7,6 +7,7 @@
 
 use super::backup::BackupAction;
 use super::bitmaps::BitmapAction;
+use super::checkpoints::CheckpointAction;
 use super::points::{self, PointAction};
 use super::{Control, done};
 use crate::job::{Locked, NewJob};
@@ -24,6 +25,8 @@ pub(super) enum Action {
     Abort,
     /// A bitmap operation.
     Bitmap(BitmapAction),
+    /// A checkpoint that is made or deleted.
+    Checkpoint(CheckpointAction),
     /// A point in time that is made or dropped.
     Point(Box<PointAction>),
     /// A backup job.
@@ -48,6 +51,11 @@ impl<'a> Stage<'a> {
 
     pub(super) fn control(&self) -> &'a Control {
         self.control
+    }
+
+    /// Whether an action so far is about this disk: then its tracker is locked, and only the draft may be asked.
+    pub(super) fn touches(&self, disk: &Arc<Node>) -> bool {
+        self.commits.iter().any(|(node, _)| Arc::ptr_eq(node, disk))
     }
 
     fn position(&mut self, disk: &'a Arc<Node>) -> usize {
@@ -77,6 +85,7 @@ impl Action {
         Ok(match kind {
             Kind::Abort => Action::Abort,
             Kind::Bitmap(read) => Action::Bitmap(read(data)?),
+            Kind::Checkpoint(read) => Action::Checkpoint(read(data)?),
             Kind::Point(read) => Action::Point(Box::new(read(data)?)),
             Kind::Backup(read) => Action::Backup(Box::new(read(data)?)),
         })
@@ -87,6 +96,7 @@ impl Action {
 enum Kind {
     Abort,
     Bitmap(fn(&mut Arguments) -> Result<BitmapAction, QmpError>),
+    Checkpoint(fn(&mut Arguments) -> Result<CheckpointAction, QmpError>),
     Point(fn(&mut Arguments) -> Result<PointAction, QmpError>),
     Backup(fn(&mut Arguments) -> Result<BackupAction, QmpError>),
 }
@@ -100,6 +110,11 @@ const KINDS: &[(&str, Kind)] = &[
     ("block-dirty-bitmap-enable", Kind::Bitmap(BitmapAction::read_enable)),
     ("block-dirty-bitmap-disable", Kind::Bitmap(BitmapAction::read_disable)),
     ("block-dirty-bitmap-merge", Kind::Bitmap(BitmapAction::read_merge)),
+    ("block-dirty-bitmap-create-successor", Kind::Bitmap(BitmapAction::read_create_successor)),
+    ("block-dirty-bitmap-abdicate", Kind::Bitmap(BitmapAction::read_abdicate)),
+    ("block-dirty-bitmap-reclaim", Kind::Bitmap(BitmapAction::read_reclaim)),
+    ("checkpoint-create", Kind::Checkpoint(CheckpointAction::read_create)),
+    ("checkpoint-delete", Kind::Checkpoint(CheckpointAction::read_delete)),
     ("point-add", Kind::Point(PointAction::read_add)),
     ("point-remove", Kind::Point(PointAction::read_remove)),
     ("blockdev-backup", Kind::Backup(BackupAction::read_blockdev)),
@@ -159,7 +174,7 @@ pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) ->
         match action {
             Action::Backup(backup) => new.extend(backup.into_job()),
             Action::Point(point) => gone.extend(point.in_force(control, &cut_of)),
-            Action::Abort | Action::Bitmap(_) => {}
+            Action::Abort | Action::Bitmap(_) | Action::Checkpoint(_) => {}
         }
     }
     for held in new.iter().map(|job| &job.backup.held).filter(|held| !held.point.is_view()) {
@@ -177,6 +192,7 @@ fn walk<'a>(stage: &mut Stage<'a>, locked: &Locked<'_>, actions: &mut [Action]) 
         match action {
             Action::Abort => return Err(QmpError::generic("Transaction aborted using Abort action")),
             Action::Bitmap(action) => action.apply(stage)?,
+            Action::Checkpoint(action) => action.apply(stage)?,
             Action::Point(action) => {
                 action.apply(stage)?;
                 locked.may_start()?;
