@@ -524,20 +524,14 @@ impl Draft {
     }
 
     pub(crate) fn info(&self, live: Option<&Arc<LiveMap>>) -> Vec<BitmapInfo> {
-        self.bitmaps
-            .iter()
-            .map(|bitmap| BitmapInfo {
-                name: bitmap.name.clone(),
-                granularity: bitmap.layers.granularity(),
-                count: if bitmap.inconsistent { 0 } else { bitmap.shown(live).dirty_bytes() },
-                recording: bitmap.recording,
-                busy: bitmap.frozen.is_some(),
-                frozen: bitmap.frozen.as_ref().map(Frozen::id),
-                owner: bitmap.frozen.as_ref().map(Frozen::owner),
-                persistent: bitmap.persistent,
-                inconsistent: bitmap.inconsistent,
-            })
-            .collect()
+        let count = |bitmap: &Bitmap| if bitmap.inconsistent { 0 } else { bitmap.shown(live).dirty_bytes() };
+        self.bitmaps.iter().map(|bitmap| bitmap.info(count(bitmap))).collect()
+    }
+
+    pub(crate) fn look(&self, name: &str, live: Option<&Arc<LiveMap>>) -> Result<(BitmapInfo, Bits), BitmapError> {
+        let bits = self.bits(name, live)?;
+        let bitmap = &self.bitmaps[self.position(name)?];
+        Ok((bitmap.info(bits.dirty_bytes()), bits))
     }
 
     pub(crate) fn bits(&self, name: &str, live: Option<&Arc<LiveMap>>) -> Result<Bits, BitmapError> {
@@ -553,6 +547,20 @@ impl Bitmap {
     /// Whether the current generation belongs to it.
     pub(crate) fn records(&self) -> bool {
         self.recording || self.for_job
+    }
+
+    fn info(&self, count: u64) -> BitmapInfo {
+        BitmapInfo {
+            name: self.name.clone(),
+            granularity: self.layers.granularity(),
+            count,
+            recording: self.recording,
+            busy: self.frozen.is_some(),
+            frozen: self.frozen.as_ref().map(Frozen::id),
+            owner: self.frozen.as_ref().map(Frozen::owner),
+            persistent: self.persistent,
+            inconsistent: self.inconsistent,
+        }
     }
 
     fn shown(&self, live: Option<&Arc<LiveMap>>) -> Bits {

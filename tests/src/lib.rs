@@ -18,6 +18,7 @@ pub mod images;
 pub mod lab;
 pub mod loop_device;
 pub mod loop_fs;
+pub mod numbers;
 pub mod process;
 pub mod qmp;
 pub mod random;
