@@ -7,7 +7,7 @@
 use crate::config::{Bitmaps, DiskOptions, ServeOptions, SocketSpec};
 use crate::disk::{DiskFile, OpenOptions};
 use crate::session::{Endpoint, Session};
-use crate::write_path::ServedDisk;
+use crate::write_path::{ServedDisk, ThreadOptions};
 use anyhow::{Context, Result, bail};
 use blkmark_backup::control::{Control, Settings};
 use blkmark_backup::node::Node;
@@ -195,14 +195,20 @@ fn open(disk: &DiskOptions, options: &ServeOptions) -> Result<(Arc<ServedDisk>, 
         bail!("bitmaps=PATH: this version keeps bitmaps in memory only; leave the key out");
     }
     let open = OpenOptions { path: disk.path.clone(), read_only: disk.read_only, direct: disk.direct };
-    let file = Arc::new(DiskFile::open(&open)?);
+    let file = match disk.null {
+        Some(size) => DiskFile::null(size, disk.read_only).context("no memory for a null disk")?,
+        None => DiskFile::open(&open)?,
+    };
+    let file = Arc::new(file);
     let scratch = ScratchSettings {
         directory: scratch_directory(disk, options)?,
         cap: disk.scratch_size.unwrap_or_else(|| file.size()),
         memory: SCRATCH_MEMORY,
     };
     let serial = disk.serial.as_deref().unwrap_or(&disk.id);
-    let served = Arc::new(ServedDisk::new(&disk.id, Arc::clone(&file), serial, disk.queues, disk.queue_size));
+    let threads = ThreadOptions { cpus: disk.cpus.clone(), spin: disk.poll };
+    let served = ServedDisk::new(&disk.id, Arc::clone(&file), serial, disk.queues, disk.queue_size, threads);
+    let served = Arc::new(served);
     let node = Node::new(&disk.id, &disk.path, disk.read_only, Arc::clone(served.tracker()), file, scratch);
     let node = node.shown_by(Arc::clone(&served) as _);
     Ok((served, Arc::new(node)))
@@ -212,6 +218,7 @@ fn open(disk: &DiskOptions, options: &ServeOptions) -> Result<(Arc<ServedDisk>, 
 fn scratch_directory(disk: &DiskOptions, options: &ServeOptions) -> Result<PathBuf> {
     let directory = match (&disk.scratch, &options.runtime_dir) {
         (Some(directory), _) => directory.clone(),
+        (None, runtime) if disk.null.is_some() => runtime.clone().unwrap_or_else(std::env::temp_dir),
         (None, runtime) => {
             let stat = rustix::fs::stat(&disk.path)?;
             match (FileType::from_raw_mode(stat.st_mode), runtime) {

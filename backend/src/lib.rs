@@ -8,4 +8,5 @@ pub mod disk;
 pub mod frontend;
 pub mod memory;
 pub mod session;
+pub mod vring;
 pub mod write_path;

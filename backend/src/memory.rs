@@ -9,6 +9,7 @@
 //! against shrinking later is watched (`guard`), and [`MemoryTable::lost`] tells when it did.
 
 mod guard;
+pub mod view;
 
 use std::fs::File;
 use std::io;

@@ -20,7 +20,8 @@ pub struct ServeArgs {
         value_parser = DiskOptions::parse,
         help = "A disk to serve (repeatable): \
             id=NAME,path=FILE,socket=SOCKET[,readonly=on|off][,direct=on|off][,queues=N][,queue-size=N][,serial=TEXT]\
-            [,bitmaps=PATH|off][,scratch=DIR][,scratch-size=SIZE]"
+            [,bitmaps=PATH|off][,scratch=DIR][,scratch-size=SIZE][,cpus=LIST][,poll=MICROSECONDS]; \
+            null=SIZE instead of path=FILE is for benchmarks: a disk that keeps nothing"
     )]
     pub disks: Vec<DiskOptions>,
 

@@ -1,6 +1,7 @@
 //! The options of one disk.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::error::{ConfigError, unknown};
 use super::{pairs, value};
@@ -18,10 +19,18 @@ pub const DISK_KEYS: &[&str] = &[
     "bitmaps",
     "scratch",
     "scratch-size",
+    "cpus",
+    "poll",
+    "null",
 ];
 
 /// What a front end may set up unless told otherwise.
 const DEFAULT_QUEUE_SIZE: u16 = 1024;
+/// How long a queue thread looks around unless told otherwise.
+const DEFAULT_POLL: Duration = Duration::ZERO;
+
+/// What a disk of `null=SIZE` is called where others have a path; QEMU's name for the like.
+const NULL: &str = "null-co://";
 
 /// Where the front end of a disk comes to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,6 +60,8 @@ pub struct DiskOptions {
     pub id: String,
     /// The raw file or block device.
     pub path: PathBuf,
+    /// Instead of a file: so many bytes that nothing keeps, for benchmarks.
+    pub null: Option<u64>,
     /// Where its front end comes to.
     pub socket: SocketSpec,
     /// Refuse writes.
@@ -69,6 +80,10 @@ pub struct DiskOptions {
     pub scratch: Option<PathBuf>,
     /// Bytes that scratch may take.
     pub scratch_size: Option<u64>,
+    /// Processors that its queue threads are tied to, one each, in turn; none: wherever the system puts them.
+    pub cpus: Vec<usize>,
+    /// How long a queue thread looks around before it sleeps, where that pays.
+    pub poll: Duration,
 }
 
 impl DiskOptions {
@@ -77,6 +92,7 @@ impl DiskOptions {
         Self {
             id: id.into(),
             path: path.into(),
+            null: None,
             socket,
             read_only: false,
             direct: None,
@@ -86,6 +102,8 @@ impl DiskOptions {
             bitmaps: Bitmaps::Beside,
             scratch: None,
             scratch_size: None,
+            cpus: Vec::new(),
+            poll: DEFAULT_POLL,
         }
     }
 
@@ -109,12 +127,22 @@ impl DiskOptions {
         let need = |key| get(key).ok_or(ConfigError::MissingKey { key, known: DISK_KEYS });
         let (key, text) = need("id")?;
         let id = value::id(key, text)?;
-        let (key, text) = need("path")?;
-        let path = value::path(key, text)?;
+        let null = get("null").map(|(key, text)| value::parse_size(key, text)).transpose()?;
+        let path = match (null, get("path")) {
+            (Some(_), Some(_)) => return Err(ConfigError::OneMedium),
+            (Some(_), None) => PathBuf::from(NULL),
+            (None, _) => {
+                let (key, text) = need("path")?;
+                value::path(key, text)?
+            }
+        };
         let (key, text) = need("socket")?;
         let socket = SocketSpec::Path(value::path(key, text)?);
 
         let mut disk = Self::new(id, path, socket);
+        if let Some(size) = null {
+            (disk.null, disk.bitmaps) = (Some(size), Bitmaps::Off);
+        }
         if let Some((key, text)) = get("readonly") {
             disk.read_only = value::parse_switch(key, text)?;
         }
@@ -141,6 +169,12 @@ impl DiskOptions {
         }
         if let Some((key, text)) = get("scratch-size") {
             disk.scratch_size = Some(value::parse_size(key, text)?);
+        }
+        if let Some((key, text)) = get("cpus") {
+            disk.cpus = value::cpus(key, text)?;
+        }
+        if let Some((key, text)) = get("poll") {
+            disk.poll = value::poll(key, text)?;
         }
         Ok(disk)
     }

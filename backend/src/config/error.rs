@@ -18,6 +18,8 @@ pub enum ConfigError {
     NotAPair(String),
     #[error("invalid value '{value}' for '{key}': expected {expected}")]
     BadValue { key: String, value: String, expected: &'static str },
+    #[error("'path' and 'null' exclude each other; 'null' is for benchmarks: a disk that keeps nothing")]
+    OneMedium,
     #[error("disk id '{0}' is given twice")]
     DuplicateId(String),
     #[error("socket {} is given twice", .0.display())]

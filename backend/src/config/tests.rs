@@ -36,7 +36,7 @@ fn a_disk_needs_an_id_a_path_and_a_socket() {
 fn every_key_is_taken() {
     let disk = with(
         "readonly=on,direct=off,queues=4,queue-size=128,serial=S-1,\
-         bitmaps=/b,scratch=/tmp,scratch-size=10G",
+         bitmaps=/b,scratch=/tmp,scratch-size=10G,cpus=1-2,poll=20",
     )
     .unwrap();
     assert_eq!(
@@ -50,10 +50,27 @@ fn every_key_is_taken() {
             bitmaps: Bitmaps::At("/b".into()),
             scratch: Some("/tmp".into()),
             scratch_size: Some(10 << 30),
+            cpus: vec![1, 2],
+            poll: std::time::Duration::from_micros(20),
             ..DiskOptions::parse(LEAST).unwrap()
         }
     );
     assert_eq!(with("bitmaps=off").unwrap().bitmaps, Bitmaps::Off);
+}
+
+/// A disk that keeps nothing can be asked for by its own name alone, never by a path that happens to look like it.
+#[test]
+fn a_null_disk_is_no_path() {
+    let disk = DiskOptions::parse("id=a,null=1G,socket=/s").unwrap();
+    assert_eq!((disk.null, disk.bitmaps), (Some(1 << 30), Bitmaps::Off));
+    for path in ["null", "null:1G", "null-co://"] {
+        assert_eq!(DiskOptions::parse(&format!("id=a,path={path},socket=/s")).unwrap().null, None);
+    }
+    assert_eq!(DiskOptions::parse("id=a,path=/x,null=1G,socket=/s"), Err(ConfigError::OneMedium));
+    assert_eq!(
+        DiskOptions::parse("id=a,socket=/s").unwrap_err().to_string().split(';').next(),
+        Some("missing key 'path'")
+    );
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Single values: switches, numbers, sizes, names.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::error::ConfigError;
 
@@ -8,6 +9,9 @@ use super::error::ConfigError;
 const MAX_QUEUES: u16 = 64;
 /// The largest ring that virtio knows.
 const MAX_QUEUE_SIZE: u16 = 32768;
+/// What the system's affinity masks have room for.
+const MAX_CPUS: usize = 1024;
+const MAX_POLL_MICROS: u64 = 1000;
 
 fn bad(key: &str, value: &str, expected: &'static str) -> ConfigError {
     ConfigError::BadValue { key: key.to_owned(), value: value.to_owned(), expected }
@@ -59,6 +63,24 @@ pub(super) fn queue_size(key: &str, value: &str) -> Result<u16, ConfigError> {
         .ok_or_else(|| bad(key, value, "a power of two from 1 to 32768"))
 }
 
+/// Processors, as `2`, `0-3` or `0-1+6`; a comma would end the option.
+pub(super) fn cpus(key: &str, value: &str) -> Result<Vec<usize>, ConfigError> {
+    let part = |part: &str| -> Option<std::ops::RangeInclusive<usize>> {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let range = number(first)?..=number(last)?;
+        (!range.is_empty() && *range.end() < MAX_CPUS).then_some(range)
+    };
+    let parts: Option<Vec<_>> = value.split('+').map(part).collect();
+    let parts = parts.ok_or_else(|| bad(key, value, "processors, such as 2, 0-3 or 0-1+6"))?;
+    Ok(parts.into_iter().flatten().collect())
+}
+
+/// Microseconds.
+pub(super) fn poll(key: &str, value: &str) -> Result<Duration, ConfigError> {
+    let micros = number(value).filter(|n| *n <= MAX_POLL_MICROS);
+    micros.map(Duration::from_micros).ok_or_else(|| bad(key, value, "microseconds from 0 to 1000"))
+}
+
 pub(super) fn path(key: &str, value: &str) -> Result<PathBuf, ConfigError> {
     if value.is_empty() || value.contains('\0') {
         return Err(bad(key, value, "a path"));
@@ -103,6 +125,24 @@ mod tests {
         for text in wrong.split('|') {
             assert_eq!(size(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn processors_are_numbers_and_ranges() {
+        let cpus = |v| super::cpus("cpus", v).ok();
+        assert_eq!(cpus("2"), Some(vec![2]));
+        assert_eq!(cpus("0-3"), Some(vec![0, 1, 2, 3]));
+        assert_eq!(cpus("6+0-1+6"), Some(vec![6, 0, 1, 6]));
+        for wrong in ["", "+", "0-", "-1", "3-2", "0,1", "1024", "0-1024", "a", "0--1", "1+"] {
+            assert_eq!(cpus(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn polling_is_bounded() {
+        assert_eq!(poll("poll", "50").ok(), Some(Duration::from_micros(50)));
+        assert_eq!(poll("poll", "0").ok(), Some(Duration::ZERO));
+        assert!(["", "1001", "-1", "1ms"].iter().all(|wrong| poll("poll", wrong).is_err()));
     }
 
     #[test]

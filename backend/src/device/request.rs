@@ -16,8 +16,10 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, GuestAddress};
+
+use super::chain::Descriptor;
+use crate::memory::view::Spans;
 
 /// The unit of offsets and lengths in the protocol, whatever the block size is.
 pub const SECTOR: u64 = 512;
@@ -73,8 +75,7 @@ pub enum Kind {
 
 /// Where a request's status byte goes.
 ///
-/// It points into the memory that [`parse`] was given and is of use only as long as that snapshot
-/// is kept.
+/// It points into the memory that [`parse`] was given and is of use only as long as the view of it is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StatusPlace {
     /// In guest memory.
@@ -86,9 +87,9 @@ impl StatusPlace {
     /// Writes the status byte.
     ///
     /// # Safety
-    /// The snapshot of guest memory that the request was parsed with is still alive.
+    /// The view of guest memory that the request was parsed with is still alive.
     pub unsafe fn write(self, code: u8) {
-        // SAFETY: `parse` found this byte inside the snapshot, which the caller has kept. The guest
+        // SAFETY: `parse` found this byte inside the view, which the caller has kept. The guest
         // may write it at the same time: hence volatile, and no reference.
         unsafe { self.host.write_volatile(code) }
     }
@@ -135,13 +136,8 @@ pub enum Parsed {
 /// while that vector grows) and leaves it as it was for anything but a request.
 ///
 /// `chain` yields the descriptors in order, indirect tables resolved, and ends early where they are
-/// invalid; that is how `virtio_queue::DescriptorChain` does it.
-pub fn parse(
-    chain: impl Iterator<Item = Descriptor>,
-    mem: &GuestMemoryMmap,
-    bounds: &Bounds,
-    iovecs: &mut Vec<iovec>,
-) -> Parsed {
+/// invalid; that is how [`super::chain::Chain`] does it.
+pub fn parse(chain: impl Iterator<Item = Descriptor>, mem: &Spans, bounds: &Bounds, iovecs: &mut Vec<iovec>) -> Parsed {
     let start = iovecs.len();
     let mut scan = Scan::new(mem, iovecs);
     let mut more = false;
@@ -192,13 +188,13 @@ pub fn parse(
 /// Copies a serial number to where a GET_ID wants it; answers how many bytes found room.
 ///
 /// # Safety
-/// The iovecs are those of a [`Kind::GetId`] request, and the snapshot it was parsed with is alive.
+/// The iovecs are those of a [`Kind::GetId`] request, and the view it was parsed with is alive.
 pub unsafe fn put_id(iovecs: &[iovec], id: &[u8; ID_BYTES]) -> usize {
     let mut rest = &id[..];
     for iov in iovecs {
         let (now, later) = rest.split_at(rest.len().min(iov.iov_len));
         for (i, byte) in now.iter().enumerate() {
-            // SAFETY: `i` is below `iov_len`, and `parse` found that many bytes inside the snapshot,
+            // SAFETY: `i` is below `iov_len`, and `parse` found that many bytes inside the view,
             // which the caller has kept. Volatile, since the guest may look on.
             unsafe { iov.iov_base.cast::<u8>().add(i).write_volatile(*byte) }
         }
@@ -209,7 +205,7 @@ pub unsafe fn put_id(iovecs: &[iovec], id: &[u8; ID_BYTES]) -> usize {
 
 /// The state of a walk along one chain.
 struct Scan<'a> {
-    mem: &'a GuestMemoryMmap,
+    mem: &'a Spans,
     iovecs: &'a mut Vec<iovec>,
     /// First iovec of this chain, and first that is device-writable.
     start: usize,
@@ -226,7 +222,7 @@ struct Scan<'a> {
 }
 
 impl<'a> Scan<'a> {
-    fn new(mem: &'a GuestMemoryMmap, iovecs: &'a mut Vec<iovec>) -> Self {
+    fn new(mem: &'a Spans, iovecs: &'a mut Vec<iovec>) -> Self {
         Self {
             mem,
             start: iovecs.len(),
@@ -260,8 +256,16 @@ impl<'a> Scan<'a> {
             }
             let wanted = (HEADER - self.header_len).min(usize::try_from(len).ok()?);
             if wanted > 0 {
-                let part = &mut self.header[self.header_len..self.header_len + wanted];
-                self.fault |= self.mem.read_slice(part, addr).is_err();
+                if wanted == HEADER {
+                    // As every driver does it.
+                    match self.mem.read_16(addr.0) {
+                        Some(header) => self.header = header,
+                        None => self.fault = true,
+                    }
+                } else {
+                    let part = &mut self.header[self.header_len..self.header_len + wanted];
+                    self.fault |= self.mem.read(addr.0, part).is_none();
+                }
                 self.header_len += wanted;
                 len -= wanted as u64;
                 match addr.checked_add(wanted as u64) {
@@ -281,9 +285,8 @@ impl<'a> Scan<'a> {
     /// Pushes guest memory as iovecs, one a region; neighbours in host memory become one.
     fn push(&mut self, mut addr: GuestAddress, mut len: u64) -> Option<()> {
         while len > 0 {
-            let (region, at) = self.mem.to_region_addr(addr)?;
-            let piece = len.min(region.len().checked_sub(at.raw_value())?);
-            let host = region.get_host_address(at).ok()?;
+            let (host, follow) = self.mem.at(addr.0)?;
+            let piece = len.min(follow);
             let iov_len = usize::try_from(piece).ok()?;
             let side = self.first_writable.unwrap_or(self.start);
             let count = self.iovecs.len() - self.start;
@@ -305,7 +308,7 @@ impl<'a> Scan<'a> {
     /// The place of the status byte, if there is one inside guest memory.
     fn status(&self) -> Option<StatusPlace> {
         let guest = self.last?;
-        let host = self.mem.get_host_address(guest).ok()?;
+        let (host, _) = self.mem.at(guest.0)?;
         Some(StatusPlace { guest, host })
     }
 

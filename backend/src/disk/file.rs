@@ -19,6 +19,17 @@ use thiserror::Error;
 /// rotating disk take some seconds. A disk that somebody else serves is reported only after that.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
+/// What a disk's bytes lie on, as far as it matters for how to move them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Medium {
+    /// Something that may take its time.
+    Device,
+    /// A file in memory: tmpfs.
+    Memory,
+    /// Nothing: a benchmark's disk, which forgets what is written and leaves what is read as it was.
+    Null,
+}
+
 /// How to open a disk.
 #[derive(Debug, Clone)]
 pub struct OpenOptions {
@@ -79,6 +90,7 @@ pub struct DiskFile {
     /// In bytes; only [`Source::resize`] changes it.
     size: AtomicU64,
     device: bool,
+    medium: Medium,
     read_only: bool,
     direct: bool,
     block: u32,
@@ -133,7 +145,38 @@ impl DiskFile {
         let physical = physical.max(block);
         let (read_only, pulse) = (options.read_only, Pulse::default());
         let (size, device) = (AtomicU64::new(size), id.device == 0);
-        Ok(Self { file, path, id, size, device, read_only, direct, block, physical, memory_alignment, pulse })
+        let medium = if !device && in_memory(&file) { Medium::Memory } else { Medium::Device };
+        Ok(Self { file, path, id, size, device, medium, read_only, direct, block, physical, memory_alignment, pulse })
+    }
+
+    /// A disk without a medium, for benchmarks of everything else. Backups see it as zeroes.
+    ///
+    /// # Errors
+    /// If there is no memory for it (it needs next to none).
+    pub fn null(size: u64, read_only: bool) -> io::Result<Self> {
+        let file = File::from(rustix::fs::memfd_create("blkmark-null", rustix::fs::MemfdFlags::CLOEXEC)?);
+        file.set_len(size)?;
+        let stat = rustix::fs::fstat(&file)?;
+        Ok(Self {
+            file,
+            path: PathBuf::from("(null)"),
+            id: FileId { device: stat.st_dev, inode: stat.st_ino },
+            size: AtomicU64::new(size),
+            device: false,
+            medium: Medium::Null,
+            read_only,
+            direct: false,
+            block: 512,
+            physical: 4096,
+            memory_alignment: 1,
+            pulse: Pulse::default(),
+        })
+    }
+
+    /// What its bytes lie on.
+    #[inline]
+    pub fn medium(&self) -> Medium {
+        self.medium
     }
 
     /// As the operator named it.
@@ -181,6 +224,13 @@ impl AsFd for DiskFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// Whether reads and writes of a file are copies in memory.
+fn in_memory(file: &File) -> bool {
+    const TMPFS: u64 = 0x0102_1994;
+    const RAMFS: u64 = 0x8584_58f6;
+    rustix::fs::fstatfs(file).is_ok_and(|stat| matches!(stat.f_type as u64, TMPFS | RAMFS))
 }
 
 fn block_device(file: &File) -> io::Result<(u64, u32, u32)> {
@@ -276,6 +326,10 @@ impl Source for DiskFile {
 
     fn file_id(&self) -> Option<FileId> {
         Some(self.id)
+    }
+
+    fn file(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
     }
 
     fn pulse(&self) -> Option<&Pulse> {

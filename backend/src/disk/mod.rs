@@ -7,4 +7,4 @@ mod engine;
 mod file;
 
 pub use engine::{Completion, Engine, EngineError, Operation};
-pub use file::{DiskError, DiskFile, OpenOptions};
+pub use file::{DiskError, DiskFile, Medium, OpenOptions};

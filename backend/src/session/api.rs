@@ -15,20 +15,19 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Weak};
 
-use virtio_queue::Queue;
-
 use super::inflight::InflightQueue;
 use super::notices::Notices;
 use crate::memory::GuestMemory;
+use crate::vring::RingPlace;
 
 /// Everything a ring needs to run, all of it checked.
 #[derive(Debug)]
 pub struct RingParts {
     /// Index of the queue, below [`Device::queues`].
     pub index: u16,
-    /// The ring: size and guest addresses set and inside guest memory, `next_avail` as the front
-    /// end gave it, `next_used` read from the ring itself, EVENT_IDX as negotiated, ready.
-    pub queue: Queue,
+    /// The ring: well-formed and inside guest memory, `next_avail` as the front end gave it, `next_used` read from the
+    /// ring itself, EVENT_IDX as negotiated.
+    pub ring: RingPlace,
     /// Guest memory. It may be replaced while the ring runs: take one snapshot a batch, and let a
     /// request in flight keep the snapshot its pointers come from.
     pub memory: GuestMemory,
@@ -42,7 +41,7 @@ pub struct RingParts {
     pub enabled: bool,
     /// The features that were negotiated.
     pub features: u64,
-    /// Where to note which requests are on their way, if the front end keeps such notes. `queue` then goes on behind
+    /// Where to note which requests are on their way, if the front end keeps such notes. `ring` then goes on behind
     /// those of `resubmit`, whatever the front end said.
     pub inflight: Option<InflightQueue>,
     /// Heads of requests that an earlier process took and did not answer, in the order in which it took them. They are

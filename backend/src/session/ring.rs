@@ -11,13 +11,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 
 use rustix::fs::{FileType, OFlags};
-use virtio_queue::{Queue, QueueState, QueueT};
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::api::{Device, Hangup, RingParts, RunningRing};
 use super::error::Refusal;
 use super::inflight::{Area, InflightQueue};
 use crate::memory::MemoryTable;
+use crate::vring::RingPlace;
 
 /// What a ring needs of its connection.
 pub(super) struct Context<'a> {
@@ -179,12 +179,12 @@ impl Ring {
         };
         let at = self.locate(addresses, size, ctx)?;
         let index = self.index;
-        let mut queue = self.queue(size, &at, ctx)?;
-        let (inflight, resubmit) = self.recover(&mut queue, ctx)?;
-        let next_avail = queue.next_avail();
+        let mut ring = self.place(size, &at, ctx)?;
+        let (inflight, resubmit) = self.recover(&mut ring, ctx)?;
+        let (next_avail, next_used) = (ring.next_avail, ring.next_used);
         let parts = RingParts {
             index,
-            queue,
+            ring,
             memory: ctx.memory.memory(),
             memory_lost: ctx.memory.lost(),
             kick: self.dup(kick)?,
@@ -195,7 +195,6 @@ impl Ring {
             resubmit,
             hangup: ctx.hangup.clone(),
         };
-        let next_used = parts.queue.next_used();
         let running = ctx.device.start(parts).map_err(|source| Refusal::Start { index, source })?;
         self.running = Some((at, running));
         tracing::debug!(queue = index, size, next_avail, next_used, "ring started");
@@ -205,20 +204,20 @@ impl Ring {
 
     /// What an earlier process has left in the inflight region, and where the ring goes on behind it. SET_VRING_BASE does
     /// not count then: the front end cannot know which requests were taken.
-    fn recover(&self, queue: &mut Queue, ctx: &Context) -> Result<(Option<InflightQueue>, Vec<u16>), Refusal> {
+    fn recover(&self, ring: &mut RingPlace, ctx: &Context) -> Result<(Option<InflightQueue>, Vec<u16>), Refusal> {
         let index = self.index;
         let Some(area) = ctx.inflight else { return Ok((None, Vec::new())) };
         let Some(mut inflight) = area.queue(index) else {
             tracing::warn!(queue = index, "the front end's inflight region has no room for this queue");
             return Ok((None, Vec::new()));
         };
-        let used = queue.next_used();
-        let left = inflight.recover(queue.size(), used).map_err(|source| Refusal::Recover { index, source })?;
+        let used = ring.next_used;
+        let left = inflight.recover(ring.size, used).map_err(|source| Refusal::Recover { index, source })?;
         let Some(left) = left else { return Ok((Some(inflight), Vec::new())) };
         // At most as many as the ring has entries, which is at most 32768.
-        queue.set_next_avail(used.wrapping_add(left.len() as u16));
+        ring.next_avail = used.wrapping_add(left.len() as u16);
         if !left.is_empty() {
-            let (next_avail, base) = (queue.next_avail(), self.base);
+            let (next_avail, base) = (ring.next_avail, self.base);
             tracing::info!(queue = index, requests = left.len(), used, next_avail, base, "resubmitting after a crash");
         }
         Ok((Some(inflight), left))
@@ -239,24 +238,23 @@ impl Ring {
 
     /// The ring as the device takes it. What was used before is read from the ring itself: a front
     /// end that reconnects relies on it.
-    fn queue(&self, size: u16, at: &Addresses<GuestAddress>, ctx: &Context) -> Result<Queue, Refusal> {
-        let state = QueueState {
-            max_size: ctx.device.queue_size_max(),
+    fn place(&self, size: u16, at: &Addresses<GuestAddress>, ctx: &Context) -> Result<RingPlace, Refusal> {
+        let mut place = RingPlace {
+            size,
+            desc: at.desc,
+            avail: at.avail,
+            used: at.used,
             next_avail: self.base,
             next_used: 0,
-            event_idx_enabled: ctx.event_idx,
-            size,
-            ready: true,
-            desc_table: at.desc.0,
-            avail_ring: at.avail.0,
-            used_ring: at.used.0,
+            event_idx: ctx.event_idx,
         };
-        let mut queue = Queue::try_from(state).map_err(|_| Refusal::Misaligned(self.index))?;
-        let used = queue
-            .used_idx(&*ctx.memory.snapshot(), Ordering::Acquire)
-            .map_err(|_| Refusal::Outside { index: self.index, part: "used index" })?;
-        queue.set_next_used(used.0);
-        Ok(queue)
+        if !place.is_well_formed() {
+            return Err(Refusal::Misaligned(self.index));
+        }
+        // Behind the flags (virtio 1.x, 2.7.8); `locate` has found the whole ring inside guest memory.
+        let index = ctx.memory.snapshot().load(GuestAddress(at.used.0 + 2), Ordering::Acquire);
+        place.next_used = u16::from_le(index.map_err(|_| Refusal::Outside { index: self.index, part: "used index" })?);
+        Ok(place)
     }
 
     /// An event descriptor as it may be used: not blocking whoever reads or writes it.

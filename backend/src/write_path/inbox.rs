@@ -5,6 +5,7 @@ use blkmark_bitmap::Verdict;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// One message.
@@ -22,12 +23,15 @@ pub(super) enum Message {
 /// A queue thread's inbox.
 pub(super) struct Inbox {
     messages: Mutex<Vec<Message>>,
+    /// There may be messages: a round without any costs its thread one load.
+    waiting: AtomicBool,
     wake: EventFd,
 }
 
 impl Inbox {
     pub(super) fn new() -> io::Result<Self> {
-        Ok(Self { messages: Mutex::default(), wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)? })
+        let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+        Ok(Self { messages: Mutex::default(), waiting: AtomicBool::new(false), wake })
     }
 
     /// What to watch for messages.
@@ -38,12 +42,22 @@ impl Inbox {
     pub(super) fn send(&self, message: Message) {
         let mut messages = self.messages.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         messages.push(message);
+        // Before the lock goes and before the signal: whoever is woken finds it set, and who clears it takes the message.
+        self.waiting.store(true, Ordering::Release);
         // Nobody reads the eventfd, its signal alone counts. Its counter takes 2^64 of them.
         let _ = self.wake.write(1);
     }
 
+    /// Whether there are messages to take.
+    #[inline]
+    pub(super) fn is_waiting(&self) -> bool {
+        self.waiting.load(Ordering::Acquire)
+    }
+
     /// Takes all messages, in the order in which they came.
     pub(super) fn take(&self) -> Vec<Message> {
-        std::mem::take(&mut *self.messages.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
+        let mut messages = self.messages.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        self.waiting.store(false, Ordering::Relaxed);
+        std::mem::take(&mut *messages)
     }
 }

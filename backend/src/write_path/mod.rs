@@ -7,9 +7,10 @@
 mod inbox;
 mod queue;
 mod served;
+mod spin;
 mod stage;
 #[cfg(test)]
 mod stage_tests;
 mod table;
 
-pub use served::ServedDisk;
+pub use served::{ServedDisk, ThreadOptions};

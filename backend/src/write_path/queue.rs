@@ -2,9 +2,9 @@
 //!
 //! What an earlier process has left unanswered comes first, found in the inflight region (see `session::inflight`).
 //!
-//! A round: take what has completed, what other threads said, what the guest made available; admit all changes of the
-//! round in one critical section; queue the operations; answer what is finished with one signal; then one system call
-//! submits everything and waits.
+//! A round: take what has completed, what other threads said, what the guest made available (`take`); admit all changes of
+//! the round in one critical section; begin the operations; show what is finished to the guest at once, with one signal
+//! (`answer`); then one system call submits everything and waits, unless a short look around (`spin`) finds something to do.
 //!
 //! Invariants. Every chain that is taken is answered exactly once. A change is submitted only after the tracker admitted
 //! it, and its in-flight slot is cleared only at its final result (I1). Nothing the guest puts into the ring makes this
@@ -12,13 +12,15 @@
 
 use super::inbox::{Inbox, Message};
 use super::served::Shared;
+use super::spin::Spin;
 use super::stage::{Outcome, Rules};
 use super::table::Table;
-use crate::device::chain::SavedChain;
-use crate::device::request::{self as device, Bounds, Kind, Parsed, StatusPlace};
+use crate::device::request as device;
 use crate::disk::{Completion, Engine};
-use crate::memory::{GuestMemory, MemorySnapshot};
+use crate::memory::GuestMemory;
+use crate::memory::view::View;
 use crate::session::{Hangup, InflightQueue, RingParts};
+use crate::vring::SplitRing;
 use blkmark_bitmap::tracker::Admitted;
 use blkmark_bitmap::{ByteRange, Gate, Lane, Verdict};
 use std::io;
@@ -27,12 +29,16 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
-use virtio_queue::desc::split::Descriptor;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddress, GuestAddressSpace};
+use vm_memory::GuestAddressSpace;
+
+mod answer;
+mod take;
 
 const KICK: u64 = u64::MAX;
 const INBOX: u64 = u64::MAX - 1;
+
+/// So many answers are shown at the latest: what a batch saves it has saved by then.
+const SHOW_AT_MOST: usize = 64;
 
 /// What a queue thread owns.
 pub(super) struct QueueThread {
@@ -42,15 +48,15 @@ pub(super) struct QueueThread {
     lane: Lane,
     index: usize,
     table: Table,
-    ring: Queue,
+    ring: SplitRing,
     /// What the front end keeps for the process after this one: every chain that is taken is noted there until it is answered.
     inflight: Option<InflightQueue>,
     /// Heads that the process before has left; the last one comes first.
     resubmit: Vec<u16>,
     memory: GuestMemory,
     memory_lost: Arc<AtomicBool>,
-    /// The snapshot that new requests get, renewed when the front end changes its memory.
-    snapshot: Rc<MemorySnapshot>,
+    /// Guest memory as new requests see it, renewed when the front end changes it.
+    view: Rc<View>,
     kick: OwnedFd,
     call: Option<OwnedFd>,
     hangup: Hangup,
@@ -63,16 +69,20 @@ pub(super) struct QueueThread {
     changes: Vec<usize>,
     /// Requests whose operation is to be queued in this round.
     ready: Vec<usize>,
-    /// Answers were put into the ring since the last look at whether to signal.
-    answered: bool,
+    /// Heads whose answers stand in the used ring and are not shown yet.
+    unshown: Vec<u16>,
+    /// Answers were shown since the last look at whether to signal.
+    shown: bool,
     completions: Vec<Completion>,
+    spin: Spin,
 }
 
 impl QueueThread {
     pub(super) fn new(shared: Arc<Shared>, inbox: Arc<Inbox>, lane: Lane, parts: RingParts) -> io::Result<Self> {
-        let places = usize::from(parts.queue.size()).min(lane.slots());
+        let view = Rc::new(View::new(parts.memory.memory()));
+        let ring = SplitRing::new(parts.ring, &view).map_err(io::Error::other)?;
+        let places = usize::from(ring.size()).min(lane.slots());
         let engine = Engine::new(&shared.disk, places as u32).map_err(io::Error::other)?;
-        let snapshot = Rc::new(parts.memory.memory());
         let rules = Rules {
             memory_alignment: shared.disk.memory_alignment(),
             write_through: parts.features & (1 << VIRTIO_BLK_F_FLUSH) == 0,
@@ -85,10 +95,10 @@ impl QueueThread {
             lane,
             index: usize::from(parts.index),
             table: Table::new(places),
-            ring: parts.queue,
+            ring,
             inflight: parts.inflight,
             resubmit,
-            snapshot,
+            view,
             memory: parts.memory,
             memory_lost: parts.memory_lost,
             kick: parts.kick,
@@ -99,8 +109,10 @@ impl QueueThread {
             broken: false,
             changes: Vec::with_capacity(places),
             ready: Vec::with_capacity(places),
-            answered: false,
+            unshown: Vec::with_capacity(SHOW_AT_MOST),
+            shown: false,
             completions: Vec::with_capacity(places * 2),
+            spin: Spin::new(shared.threads.spin),
             shared,
             inbox,
         })
@@ -129,21 +141,46 @@ impl QueueThread {
         self.engine.watch(inbox.wake(), INBOX)?;
         self.engine.watch(&self.kick, KICK)?;
         loop {
-            self.read_inbox();
+            if self.inbox.is_waiting() {
+                self.read_inbox();
+            }
             self.take_requests();
             self.look_after_memory();
             self.admit();
-            self.queue_operations()?;
+            self.begin_operations()?;
+            self.show();
             let left_over = !self.resubmit.is_empty() && !self.broken;
             if self.stopping && self.table.in_flight() == 0 && !left_over {
-                self.signal();
                 return Ok(());
             }
-            self.signal();
-            // What `take_requests` left in the ring for want of a place is looked at again at the next completion.
-            self.engine.wait(1)?;
+            self.rest()?;
             self.handle_completions()?;
         }
+    }
+
+    /// Hands over what was queued, and returns when there may be something to do.
+    fn rest(&mut self) -> io::Result<()> {
+        // What stays in the ring for want of a place is looked at again at the next completion.
+        let takes = self.takes_requests() && self.table.free().is_some();
+        if takes && self.ring.has_more() {
+            return self.engine.flush();
+        }
+        if self.spin.is_worth_it() {
+            self.engine.flush()?;
+            let (ring, engine, inbox) = (&self.ring, &mut self.engine, &self.inbox);
+            if self.spin.until(|| takes && ring.has_more() || engine.stirs() || inbox.is_waiting()) {
+                return self.engine.flush();
+            }
+        }
+        if takes && self.ring.ask_for_kick() {
+            self.ring.forgo_kicks();
+            return self.engine.flush();
+        }
+        self.engine.wait(1)?;
+        if takes {
+            self.ring.forgo_kicks();
+        }
+        Ok(())
     }
 
     fn read_inbox(&mut self) {
@@ -172,110 +209,6 @@ impl QueueThread {
         // What was just taken has not been submitted yet: of its data nobody knows what is left.
         for index in self.changes.drain(..).chain(self.ready.drain(..)).collect::<Vec<_>>() {
             self.finish(index, device::IOERR);
-        }
-    }
-
-    fn takes_requests(&self) -> bool {
-        self.enabled && !self.stopping && !self.broken
-    }
-
-    /// Takes what an earlier process has left, then all that is available, as far as there are places.
-    fn take_requests(&mut self) {
-        // What was taken once is in flight, and finishes also on a ring that is stopped.
-        let left_over = !self.resubmit.is_empty() && !self.broken && (self.enabled || self.stopping);
-        if !left_over && !self.takes_requests() {
-            return;
-        }
-        let fresh = self.memory.memory();
-        if !std::ptr::eq(&raw const **self.snapshot, &raw const *fresh) {
-            self.snapshot = Rc::new(fresh);
-        }
-        let snapshot = Rc::clone(&self.snapshot);
-        if left_over {
-            self.take_left_over(&snapshot);
-        }
-        if !self.takes_requests() {
-            return;
-        }
-        if let Err(error) = self.take_all(&snapshot) {
-            self.broken = true;
-            self.hangup.hang_up(&format_args!("'{}': the guest's ring makes no sense: {error}", self.shared.id));
-        }
-    }
-
-    #[cold]
-    fn take_left_over(&mut self, snapshot: &Rc<MemorySnapshot>) {
-        let bounds = self.shared.bounds();
-        while let Some(place) = self.table.free() {
-            let Some(head) = self.resubmit.pop() else { return };
-            let table = GuestAddress(self.ring.desc_table());
-            let chain = SavedChain::new(snapshot, table, self.ring.size(), head);
-            self.take_chain(place, head, chain, snapshot, &bounds);
-        }
-    }
-
-    /// Takes all that is available and has a place, and asks for a kick when more comes.
-    fn take_all(&mut self, snapshot: &Rc<MemorySnapshot>) -> Result<(), virtio_queue::Error> {
-        let memory = &***snapshot;
-        let bounds = self.shared.bounds();
-        loop {
-            self.ring.disable_notification(memory)?;
-            while let Some(index) = self.table.free() {
-                // One chain at a time, since an answer without I/O needs the ring; the look at the index is one load.
-                let Some(chain) = self.ring.iter(memory)?.next() else { break };
-                let head = chain.head_index();
-                if let Some(inflight) = &mut self.inflight {
-                    inflight.begin(head);
-                }
-                self.take_chain(index, head, chain, snapshot, &bounds);
-            }
-            if self.table.free().is_none() || !self.ring.enable_notification(memory)? {
-                return Ok(());
-            }
-        }
-    }
-
-    /// One chain into the place that [`Table::free`] named, or an answer at once.
-    fn take_chain(
-        &mut self,
-        index: usize,
-        head: u16,
-        chain: impl Iterator<Item = Descriptor>,
-        snapshot: &Rc<MemorySnapshot>,
-        bounds: &Bounds,
-    ) {
-        let place = self.table.place(index);
-        match device::parse(chain, snapshot, bounds, &mut place.iovecs) {
-            Parsed::Request(request) => {
-                place.head = head;
-                place.memory = Some(Rc::clone(snapshot));
-                let kind = request.kind;
-                place.request = Some(request);
-                self.table.take();
-                self.route(index, kind);
-            }
-            Parsed::Answer { status, code, used_len } => {
-                // SAFETY: `snapshot` is what `parse` was given, and it is alive.
-                unsafe { status.write(code) };
-                self.answer(snapshot, head, used_len);
-            }
-            Parsed::Broken => self.answer(snapshot, head, 0),
-        }
-    }
-
-    fn route(&mut self, index: usize, kind: Kind) {
-        if matches!(kind, Kind::Read | Kind::Write) {
-            self.table.place(index).begun = self.shared.disk.guest_pulse().begin(self.index);
-        }
-        match kind {
-            Kind::Write | Kind::Discard | Kind::WriteZeroes { .. } => self.changes.push(index),
-            Kind::Read | Kind::Flush => self.ready.push(index),
-            Kind::GetId => {
-                let place = self.table.place(index);
-                // SAFETY: the iovecs come from `parse` with the snapshot that this place keeps.
-                unsafe { device::put_id(&place.iovecs, &self.shared.serial) };
-                self.finish(index, device::OK);
-            }
         }
     }
 
@@ -312,7 +245,7 @@ impl QueueThread {
         }
     }
 
-    fn queue_operations(&mut self) -> io::Result<()> {
+    fn begin_operations(&mut self) -> io::Result<()> {
         let rules = self.rules;
         for at in 0..self.ready.len() {
             let index = self.ready[at];
@@ -320,20 +253,31 @@ impl QueueThread {
             if let Some(request) = &place.request {
                 let range = ByteRange::new(request.offset, request.len);
                 place.stage.begin(request.kind, range, &place.iovecs, rules);
-                self.queue_operation(index)?;
+                self.operate(index)?;
             }
         }
         self.ready.clear();
         Ok(())
     }
 
-    fn queue_operation(&mut self, index: usize) -> io::Result<()> {
-        let place = self.table.place(index);
-        // SAFETY: the iovecs point into the snapshot that the place keeps; place, iovecs and stage stay as they are
-        // until the completion of this token has been seen, since only that releases or changes them.
-        unsafe {
-            let operation = place.stage.operation(&place.iovecs);
-            self.engine.submit(operation, index as u64)
+    /// Begins the request's next operation; whatever the disk answers at once is followed up at once.
+    fn operate(&mut self, index: usize) -> io::Result<()> {
+        loop {
+            let place = self.table.place(index);
+            // SAFETY: the iovecs point into the view that the place keeps; place, iovecs and stage stay as they are
+            // until the operation's result is there, since only that releases or changes them.
+            let result = unsafe {
+                let operation = place.stage.operation(&place.iovecs);
+                self.engine.begin(operation, index as u64)?
+            };
+            match result {
+                Some(result) if self.result_came(index, result) => {}
+                Some(_) => {
+                    self.show_if_many();
+                    return Ok(());
+                }
+                None => return Ok(()),
+            }
         }
     }
 
@@ -373,11 +317,15 @@ impl QueueThread {
     }
 
     fn completed(&mut self, index: usize, result: i32) -> io::Result<()> {
+        if self.result_came(index, result) { self.operate(index) } else { Ok(()) }
+    }
+
+    /// Takes an operation's result; whether the request needs another one. If not, it is answered.
+    fn result_came(&mut self, index: usize, result: i32) -> bool {
         let place = self.table.place(index);
-        // SAFETY: as in `queue_operation`; the snapshot is still kept.
-        let outcome = unsafe { place.stage.completed(result, &place.iovecs) };
-        match outcome {
-            Outcome::Again => self.queue_operation(index)?,
+        // SAFETY: as in `operate`; the view is still kept.
+        match unsafe { place.stage.completed(result, &place.iovecs) } {
+            Outcome::Again => return true,
             Outcome::Done => self.finish(index, device::OK),
             Outcome::Failed(errno) => {
                 if let Some(request) = &place.request {
@@ -387,61 +335,6 @@ impl QueueThread {
                 self.finish(index, device::IOERR);
             }
         }
-        Ok(())
-    }
-
-    /// The request is over: status, slot, used ring, place.
-    fn finish(&mut self, index: usize, code: u8) {
-        let place = self.table.place(index);
-        let (head, registered) = (place.head, place.registered);
-        if let Some(begun) = place.begun {
-            self.shared.disk.guest_pulse().end(self.index, begun);
-        }
-        if let (Some(request), Some(memory)) = (place.request.take(), place.memory.take()) {
-            let status: StatusPlace = request.status;
-            // SAFETY: the place has kept the snapshot that the request was parsed with.
-            unsafe { status.write(code) };
-            if registered {
-                self.lane.finish(index);
-            }
-            let used_len = if code == device::OK { request.used_len } else { 1 };
-            self.answer(&memory, head, used_len);
-        }
-        self.table.release(index);
-    }
-
-    /// Puts a chain into the used ring. The ring shows it to the guest at once, so each is a batch of its own in the
-    /// inflight region.
-    fn answer(&mut self, snapshot: &MemorySnapshot, head: u16, used_len: u32) {
-        let ring = &mut self.ring;
-        let mut show = || ring.add_used(&**snapshot, head, used_len).map(|()| ring.next_used());
-        let shown = match &mut self.inflight {
-            Some(inflight) => inflight.answer(&[head], show),
-            None => show(),
-        };
-        if let Err(error) = shown {
-            self.broken = true;
-            self.hangup.hang_up(&format_args!("'{}': cannot answer into the guest's ring: {error}", self.shared.id));
-        }
-        self.answered = true;
-    }
-
-    /// Tells the guest, once for all answers of the round, if it wants to be told.
-    fn signal(&mut self) {
-        if !std::mem::take(&mut self.answered) {
-            return;
-        }
-        match self.ring.needs_notification(&**self.snapshot) {
-            Ok(false) => {}
-            // If it cannot be read, one signal too many does no harm.
-            Ok(true) | Err(_) => self.notify_guest(),
-        }
-    }
-
-    fn notify_guest(&self) {
-        if let Some(call) = &self.call {
-            // Full means that the guest has not looked at the last 2^64 signals: it will see this one with them.
-            let _ = rustix::io::write(call, &1u64.to_ne_bytes());
-        }
+        false
     }
 }

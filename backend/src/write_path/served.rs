@@ -14,9 +14,19 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// I/O errors are logged up to this one, and then at every power of two: a dying disk must not fill the log.
 const LOGGED_ERRORS: u64 = 16;
+
+/// How the operator wants a disk's queue threads.
+#[derive(Debug, Clone, Default)]
+pub struct ThreadOptions {
+    /// Processors that they are tied to, one each, in turn; none: wherever the system puts them.
+    pub cpus: Vec<usize>,
+    /// How long one looks around before it sleeps, where that pays.
+    pub spin: Duration,
+}
 
 /// What all queue threads of a disk share.
 pub(super) struct Shared {
@@ -26,6 +36,7 @@ pub(super) struct Shared {
     /// What requests are judged by, and what the guest is shown.
     capacity: AtomicU64,
     pub(super) serial: [u8; ID_BYTES],
+    pub(super) threads: ThreadOptions,
     errors: AtomicU64,
 }
 
@@ -55,7 +66,14 @@ pub struct ServedDisk {
 
 impl ServedDisk {
     /// Serves `disk` under the name `id` with `queues` queues of up to `queue_size` entries each.
-    pub fn new(id: &str, disk: Arc<DiskFile>, serial: &str, queues: u16, queue_size: u16) -> Self {
+    pub fn new(
+        id: &str,
+        disk: Arc<DiskFile>,
+        serial: &str,
+        queues: u16,
+        queue_size: u16,
+        threads: ThreadOptions,
+    ) -> Self {
         let capacity = disk.size();
         let config = ConfigSpace::new(&Geometry {
             capacity,
@@ -71,6 +89,7 @@ impl ServedDisk {
             capacity: AtomicU64::new(capacity),
             disk,
             serial: serial_bytes(serial),
+            threads,
             errors: AtomicU64::new(0),
         };
         Self { shared: Arc::new(shared), config, queues, queue_size, notices: Notices::default() }
@@ -128,8 +147,9 @@ impl Device for ServedDisk {
         let inbox = Arc::new(Inbox::new()?);
         let (shared, inbox_there) = (Arc::clone(&self.shared), Arc::clone(&inbox));
         let (started, answer) = std::sync::mpsc::sync_channel(1);
-        let next_avail = virtio_queue::QueueT::next_avail(&parts.queue);
+        let next_avail = parts.ring.next_avail;
         let thread = std::thread::Builder::new().name(format!("{}-{index}", self.shared.id)).spawn(move || {
+            tie_to_processor(&shared, index);
             // The ring onto the disk is made by the thread that uses it: the kernel asks for that.
             match QueueThread::new(shared, inbox_there, lane, parts) {
                 Ok(queue) => {
@@ -144,6 +164,18 @@ impl Device for ServedDisk {
         })?;
         answer.recv().map_err(|_| io::Error::other("the queue thread died at its start"))??;
         Ok(Box::new(Running { inbox, thread, next_avail }))
+    }
+}
+
+/// Ties the calling thread to its processor, if the operator named any.
+fn tie_to_processor(shared: &Shared, queue: usize) {
+    let cpus = &shared.threads.cpus;
+    let Some(&cpu) = cpus.get(queue % cpus.len().max(1)) else { return };
+    let mut set = rustix::thread::CpuSet::new();
+    // The configuration refuses numbers that the set has no room for.
+    set.set(cpu);
+    if let Err(error) = rustix::thread::sched_setaffinity(None, &set) {
+        tracing::warn!(disk = shared.id, queue, cpu, %error, "cannot tie the queue thread to its processor");
     }
 }
 

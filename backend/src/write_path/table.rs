@@ -1,11 +1,11 @@
 //! The requests of one queue that are in flight: as many places as the ring has entries, all made at the start.
 //!
-//! A place keeps all that the kernel was given pointers to, and the snapshot of guest memory those point into, so that
+//! A place keeps all that the kernel was given pointers to, and the view of guest memory those point into, so that
 //! a request in flight owns its memory map whatever the front end does meanwhile.
 
 use super::stage::Stage;
 use crate::device::request::Request;
-use crate::memory::MemorySnapshot;
+use crate::memory::view::View;
 use libc::iovec;
 use std::rc::Rc;
 use std::time::Instant;
@@ -16,7 +16,7 @@ pub(super) struct Place {
     /// There from the moment the place is taken until it is given back.
     pub(super) request: Option<Request>,
     pub(super) iovecs: Vec<iovec>,
-    pub(super) memory: Option<Rc<MemorySnapshot>>,
+    pub(super) memory: Option<Rc<View>>,
     pub(super) stage: Stage,
     /// Whether it stands in the tracker's in-flight slot of the same number.
     pub(super) registered: bool,

@@ -9,11 +9,14 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use blkmark::device::chain::Descriptor;
 use blkmark::device::config::{ConfigSpace, Geometry};
 use blkmark::device::request::{self, Bounds, Kind, OK, Parsed};
+use blkmark::memory::view::View;
 use blkmark::session::{Device, RingParts, RunningRing};
+use blkmark::vring::RingPlace;
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
-use virtio_queue::{QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::GuestAddressSpace;
 
 use super::GIVE_UP_MS;
@@ -125,8 +128,8 @@ impl Device for MemoryDisk {
         }
         self.events.lock().unwrap().push(Event::Start {
             index: parts.index,
-            next_avail: parts.queue.next_avail(),
-            next_used: parts.queue.next_used(),
+            next_avail: parts.ring.next_avail,
+            next_used: parts.ring.next_used,
             enabled: parts.enabled,
         });
         self.running.change(1);
@@ -200,9 +203,28 @@ fn signal(fd: &OwnedFd) {
     let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
 }
 
-fn run(mut parts: RingParts, shared: &Shared, bytes: &Mutex<Vec<u8>>) -> u16 {
+/// The ring as rust-vmm's device side sees it.
+fn queue(ring: &RingPlace) -> Queue {
+    let mut queue = Queue::try_from(QueueState {
+        max_size: ring.size,
+        next_avail: ring.next_avail,
+        next_used: ring.next_used,
+        event_idx_enabled: ring.event_idx,
+        size: ring.size,
+        ready: true,
+        desc_table: ring.desc.0,
+        avail_ring: ring.avail.0,
+        used_ring: ring.used.0,
+    })
+    .unwrap();
+    queue.set_next_used(ring.next_used);
+    queue
+}
+
+fn run(parts: RingParts, shared: &Shared, bytes: &Mutex<Vec<u8>>) -> u16 {
+    let mut queue = queue(&parts.ring);
     while !shared.stop.load(Ordering::SeqCst) {
-        if shared.enabled.load(Ordering::SeqCst) && !drain(&mut parts, shared, bytes) {
+        if shared.enabled.load(Ordering::SeqCst) && !drain(&parts, &mut queue, shared, bytes) {
             parts.hangup.hang_up(&"the ring is beyond repair");
             break;
         }
@@ -215,22 +237,24 @@ fn run(mut parts: RingParts, shared: &Shared, bytes: &Mutex<Vec<u8>>) -> u16 {
         let _ = rustix::io::read(&parts.kick, &mut counter);
         let _ = rustix::io::read(&shared.wake, &mut counter);
     }
-    parts.queue.next_avail()
+    queue.next_avail()
 }
 
 /// Carries out what is in the ring; `false` if the ring cannot be read.
-fn drain(parts: &mut RingParts, shared: &Shared, bytes: &Mutex<Vec<u8>>) -> bool {
+fn drain(parts: &RingParts, queue: &mut Queue, shared: &Shared, bytes: &Mutex<Vec<u8>>) -> bool {
     let bounds = Bounds { capacity: CAPACITY as u64, read_only: false };
     loop {
         let mem = parts.memory.memory();
-        let chains: Vec<_> = match parts.queue.iter(&*mem) {
+        let chains: Vec<_> = match queue.iter(&*mem) {
             Ok(chains) => chains.collect(),
             Err(_) => return false,
         };
         for chain in chains {
             let head = chain.head_index();
             let mut iovecs = Vec::new();
-            let used = match request::parse(chain, &mem, &bounds, &mut iovecs) {
+            let view = View::over(&mem);
+            let chain = chain.map(|d| Descriptor::new(d.addr().0, d.len(), d.flags(), d.next()));
+            let used = match request::parse(chain, view.spans(), &bounds, &mut iovecs) {
                 Parsed::Broken => 0,
                 Parsed::Answer { status, code, used_len } => {
                     // SAFETY: `mem` is alive.
@@ -246,16 +270,16 @@ fn drain(parts: &mut RingParts, shared: &Shared, bytes: &Mutex<Vec<u8>>) -> bool
                     r.used_len
                 }
             };
-            if parts.queue.add_used(&*mem, head, used).is_err() {
+            if queue.add_used(&*mem, head, used).is_err() {
                 return false;
             }
-            if parts.queue.needs_notification(&*mem).unwrap_or(true)
+            if queue.needs_notification(&*mem).unwrap_or(true)
                 && let Some(call) = &*shared.call.lock().unwrap()
             {
                 signal(call);
             }
         }
-        match parts.queue.enable_notification(&*mem) {
+        match queue.enable_notification(&*mem) {
             Ok(true) => {}
             Ok(false) => return true,
             Err(_) => return false,

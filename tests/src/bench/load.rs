@@ -34,8 +34,8 @@ const WARM_UP: u8 = 0;
 const MEASURE: u8 = 1;
 const STOP: u8 = 2;
 
-/// Runs the cell's load against the server.
-pub fn run(options: &Options, target: &Target, cell: &Cell, server: &mut Server) -> Result<Sample> {
+/// The guest that a cell's load needs.
+fn connect(options: &Options, target: &Target, cell: &Cell, server: &Server) -> Result<Guest> {
     let descriptors = if options.no_indirect { cell.depth * 3 } else { cell.depth };
     let guest_options = GuestOptions {
         queues: cell.queues,
@@ -45,11 +45,36 @@ pub fn run(options: &Options, target: &Target, cell: &Cell, server: &mut Server)
         indirect: !options.no_indirect,
         ..GuestOptions::default()
     };
-    let mut guest = Guest::connect(&server.socket(), guest_options)?;
+    let guest = Guest::connect(&server.socket(), guest_options)?;
     let disk = guest.config().size();
     if disk < target.size() {
         bail!("the server shows a disk of {disk} bytes instead of {}", target.size());
     }
+    Ok(guest)
+}
+
+/// The cell's load until each queue has had so many requests; nothing is measured.
+pub(super) fn run_requests(
+    options: &Options,
+    target: &Target,
+    cell: &Cell,
+    server: &Server,
+    requests: u64,
+) -> Result<()> {
+    let mut guest = connect(options, target, cell, server)?;
+    let phase = AtomicU8::new(WARM_UP);
+    for queue in guest.take_queues() {
+        let mut worker = Worker::new(options, target, cell, queue)?;
+        worker.most = Some(requests);
+        worker.run(&phase)?;
+    }
+    guest.close().context("after the load")?;
+    Ok(())
+}
+
+/// Runs the cell's load against the server.
+pub fn run(options: &Options, target: &Target, cell: &Cell, server: &mut Server) -> Result<Sample> {
+    let mut guest = connect(options, target, cell, server)?;
     let phase = AtomicU8::new(WARM_UP);
     let queues = guest.take_queues();
     let mut measured = None;
@@ -128,6 +153,8 @@ struct Worker<'a> {
     position: u64,
     random: u64,
     pin: Option<super::cpu::Cpus>,
+    /// Ends after so many requests, if that is set.
+    most: Option<u64>,
 }
 
 impl<'a> Worker<'a> {
@@ -156,6 +183,7 @@ impl<'a> Worker<'a> {
             position: 0,
             random: 0x2545_f491_4f6c_dd1d ^ (index << 32),
             pin: options.pin.as_ref().map(|pin| pin.guest.one(queue.index())),
+            most: None,
             queue,
         })
     }
@@ -184,6 +212,7 @@ impl<'a> Worker<'a> {
             cpus.pin_thread()?;
         }
         let mut tally = Tally::default();
+        let mut left = self.most.unwrap_or(u64::MAX);
         let mut done: Vec<Completion> = Vec::with_capacity(self.cell.depth);
         for slot in 0..self.cell.depth as u64 {
             self.submit(slot)?;
@@ -202,7 +231,8 @@ impl<'a> Worker<'a> {
                 if now == MEASURE {
                     tally.latency.record(completion.latency);
                 }
-                if now != STOP {
+                left = left.saturating_sub(1);
+                if now != STOP && left > 0 {
                     self.submit(completion.token)?;
                 }
             }

@@ -7,6 +7,8 @@
 
 pub mod cell;
 pub mod cpu;
+pub mod fio;
+pub mod instructions;
 pub mod load;
 pub mod options;
 pub mod report;
@@ -85,6 +87,9 @@ fn run_calmly(options: &Options, target: &Target, cell: &Cell, contender: &Conte
 fn run_once(options: &Options, target: &Target, cell: &Cell, contender: &Contender) -> Result<load::Sample> {
     // What the last contender left in the page cache is written back at its expense, not at the next one's.
     target.settle()?;
+    if *contender == Contender::Fio {
+        return fio::run(options, target, cell);
+    }
     let mut server = Server::start(options, target, cell, contender)?;
     let sample = load::run(options, target, cell, &mut server).map_err(|error| match server.log() {
         log if log.is_empty() => error,

@@ -31,6 +31,9 @@ pub struct Options {
     /// Measure on this file or block device (repeatable); its content is overwritten
     #[arg(long, value_name = "PATH")]
     file: Vec<PathBuf>,
+    /// Measure without a medium: blkmark's null disk beside QSD's null-co
+    #[arg(long)]
+    null: bool,
     /// Agree that the content of --file is lost
     #[arg(long)]
     pub overwrite: bool,
@@ -67,8 +70,8 @@ pub struct Options {
     /// Print one JSON document instead of tables
     #[arg(long)]
     pub json: bool,
-    /// Which servers to run
-    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "qsd,blkmark")]
+    /// Which servers to run, and fio, which needs none [default: qsd,blkmark, with --before blkmark]
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
     servers: Vec<Program>,
     /// Numbers of bitmaps to run blkmark with
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "0,1,64")]
@@ -86,6 +89,15 @@ pub struct Options {
     /// The blkmark to run [default: BLKMARK_BIN, or the one beside this program]
     #[arg(long, value_name = "PATH")]
     blkmark: Option<PathBuf>,
+    /// Another build of blkmark, to compare with: the baseline, and the only contender besides blkmark unless --servers is given
+    #[arg(long, value_name = "PATH")]
+    before: Option<PathBuf>,
+    /// The fio to run (with `--servers fio`)
+    #[arg(long, value_name = "PATH", default_value = "fio")]
+    pub fio: PathBuf,
+    /// Count blkmark's instructions a request under callgrind instead of taking times
+    #[arg(long)]
+    pub instructions: bool,
     /// More for blkmark's --disk, as bitmaps=off
     #[arg(long, value_name = "OPTIONS")]
     pub blkmark_disk: Option<String>,
@@ -127,6 +139,9 @@ impl Options {
         }
         let mut places: Vec<Place> = self.dir.iter().cloned().map(Place::Dir).collect();
         places.extend(self.file.iter().cloned().map(Place::File));
+        if self.null {
+            places.push(Place::Null);
+        }
         if places.is_empty() {
             places.push(Place::Dir(std::env::temp_dir()));
         }
@@ -136,6 +151,12 @@ impl Options {
     /// Who runs, the baseline first.
     pub fn contenders(&self) -> Result<Vec<Contender>> {
         let mut contenders = Vec::new();
+        let default = if self.before.is_some() { &[Program::Blkmark][..] } else { &[Program::Qsd, Program::Blkmark] };
+        let servers = if self.servers.is_empty() { default } else { &self.servers };
+        if self.before.is_some() {
+            self.blkmark(true)?;
+            contenders.extend(self.bitmaps.iter().map(|&bitmaps| Contender::Blkmark { other: true, bitmaps }));
+        }
         let aios = match (self.qsd_aio.as_slice(), self.direct()) {
             ([], true) => vec![Aio::Native],
             ([], false) => vec![Aio::Threads],
@@ -145,15 +166,21 @@ impl Options {
             }
             (list, false) => list.to_vec(),
         };
-        if self.servers.contains(&Program::Qsd) {
+        if servers.contains(&Program::Qsd) {
             for &aio in &aios {
                 contenders.extend(self.qsd_bitmaps.iter().map(|&bitmaps| Contender::Qsd { aio, bitmaps }));
             }
         }
-        if self.servers.contains(&Program::Blkmark) {
+        if servers.contains(&Program::Fio) {
+            if self.null {
+                bail!("fio has nothing to do with --null");
+            }
+            contenders.push(Contender::Fio);
+        }
+        if servers.contains(&Program::Blkmark) {
             self.build_blkmark()?;
-            self.blkmark()?;
-            contenders.extend(self.bitmaps.iter().map(|&bitmaps| Contender::Blkmark { bitmaps }));
+            self.blkmark(false)?;
+            contenders.extend(self.bitmaps.iter().map(|&bitmaps| Contender::Blkmark { other: false, bitmaps }));
         }
         Ok(contenders)
     }
@@ -177,11 +204,12 @@ impl Options {
         Ok(())
     }
 
-    /// The blkmark to run.
-    pub fn blkmark(&self) -> Result<PathBuf> {
-        match &self.blkmark {
+    /// The blkmark to run; the `other` one is that of `--before`.
+    pub fn blkmark(&self, other: bool) -> Result<PathBuf> {
+        let (option, path) = if other { ("--before", &self.before) } else { ("--blkmark", &self.blkmark) };
+        match path {
             Some(path) if path.is_file() => Ok(path.clone()),
-            Some(path) => bail!("--blkmark {}: no such file", path.display()),
+            Some(path) => bail!("{option} {}: no such file", path.display()),
             None => {
                 blkmark_binary().context("there is no blkmark to run (build it, or use --blkmark or --servers qsd)")
             }
@@ -231,7 +259,7 @@ mod tests {
             (&["--seconds", "0"], "seconds from"),
             (&["--rounds", "0"], "0 is not in 1..=1000"),
             (&["--direct", "maybe"], "[possible values: on, off]"),
-            (&["--servers", "nbd"], "[possible values: blkmark, qsd]"),
+            (&["--servers", "nbd"], "[possible values: blkmark, qsd, fio]"),
             (&["--pin", "7"], "as 0:1"),
             (&["--frobnicate"], "unexpected argument"),
         ] {

@@ -247,7 +247,7 @@ mod tests {
     }
 
     fn report() -> CellReport {
-        let row = |bitmaps, samples| Row { contender: Contender::Blkmark { bitmaps }, samples };
+        let row = |bitmaps, samples| Row { contender: Contender::Blkmark { other: false, bitmaps }, samples };
         CellReport {
             target: "disk".into(),
             cell: Cell { pattern: Pattern::RandRead, block: 4096, depth: 1, queues: 1 },

@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use blkmark_backup::qmp::Client;
 use clap::ValueEnum;
 use serde_json::json;
 
 use super::cell::Cell;
 use super::cpu::process_time;
+use super::instructions::Callgrind;
 use super::options::Options;
 use super::target::Target;
 use crate::process::Process;
@@ -25,6 +26,8 @@ pub enum Program {
     Blkmark,
     /// `qemu-storage-daemon`.
     Qsd,
+    /// fio on the disk itself.
+    Fio,
 }
 
 /// How `qemu-storage-daemon` does its I/O.
@@ -54,6 +57,8 @@ impl Aio {
 pub enum Contender {
     /// `blkmark serve`.
     Blkmark {
+        /// Not the usual build, but the one that it is compared with.
+        other: bool,
         /// Dirty bitmaps on the disk.
         bitmaps: u32,
     },
@@ -64,20 +69,25 @@ pub enum Contender {
         /// Dirty bitmaps on the disk.
         bitmaps: u32,
     },
+    /// No server: fio on the disk itself.
+    Fio,
 }
 
 impl Contender {
     /// Dirty bitmaps on the disk.
     pub fn bitmaps(&self) -> u32 {
         match self {
-            Contender::Blkmark { bitmaps } | Contender::Qsd { bitmaps, .. } => *bitmaps,
+            Contender::Blkmark { bitmaps, .. } | Contender::Qsd { bitmaps, .. } => *bitmaps,
+            Contender::Fio => 0,
         }
     }
 
     /// The program, with what distinguishes it.
     pub fn program(&self) -> String {
         match self {
-            Contender::Blkmark { .. } => "blkmark".into(),
+            Contender::Blkmark { other: false, .. } => "blkmark".into(),
+            Contender::Blkmark { other: true, .. } => "blkmark-before".into(),
+            Contender::Fio => "fio".into(),
             Contender::Qsd { aio, .. } => format!("qsd-{}", aio.name()),
         }
     }
@@ -102,6 +112,17 @@ pub struct Server {
 impl Server {
     /// Starts it over `target` with the cell's queues, adds the bitmaps, and returns when it serves.
     pub fn start(options: &Options, target: &Target, cell: &Cell, contender: &Contender) -> Result<Self> {
+        Self::start_under(options, target, cell, contender, None)
+    }
+
+    /// The same under callgrind, if that is wished.
+    pub(super) fn start_under(
+        options: &Options,
+        target: &Target,
+        cell: &Cell,
+        contender: &Contender,
+        callgrind: Option<&Callgrind>,
+    ) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("bench-").tempdir().context("cannot make a folder for sockets")?;
         let control = dir.path().join("control.sock");
         let socket = dir.path().join("disk.sock");
@@ -109,8 +130,13 @@ impl Server {
         // the monitor is set up is now and then greeted twice.
         let (monitor, theirs) = UnixStream::pair().context("socketpair")?;
         let mut command = match contender {
-            Contender::Blkmark { .. } => blkmark(options, target, cell, &socket, &control)?,
+            Contender::Blkmark { other, .. } => {
+                let program = options.blkmark(*other)?;
+                let command = callgrind.map_or_else(|| Command::new(&program), |callgrind| callgrind.wrap(&program));
+                blkmark(command, options, target, cell, &socket, &control)
+            }
             Contender::Qsd { aio, .. } => qsd(options, target, cell, *aio, &socket, theirs),
+            Contender::Fio => bail!("fio is no server"),
         };
         let name = contender.program();
         let log = dir.path().join("log");
@@ -123,7 +149,7 @@ impl Server {
         drop(command);
         let mut server = Server { process, dir };
         let mut qmp = match contender {
-            Contender::Blkmark { .. } => {
+            Contender::Blkmark { .. } | Contender::Fio => {
                 server.process.first_line()?;
                 Client::connect(&control)
             }
@@ -160,35 +186,47 @@ impl Server {
     }
 }
 
-fn blkmark(options: &Options, target: &Target, cell: &Cell, socket: &Path, control: &Path) -> Result<Command> {
-    let mut disk = format!(
-        "id={NODE},path={},socket={},queues={},direct={}",
-        target.path().display(),
-        socket.display(),
-        cell.queues,
-        if options.direct() { "on" } else { "off" },
-    );
+fn blkmark(
+    mut command: Command,
+    options: &Options,
+    target: &Target,
+    cell: &Cell,
+    socket: &Path,
+    control: &Path,
+) -> Command {
+    let medium = match target.is_null() {
+        true => format!("null={}", target.size()),
+        false => format!(
+            "path={},direct={}",
+            target.path().display().to_string().replace(',', ",,"),
+            if options.direct() { "on" } else { "off" }
+        ),
+    };
+    let mut disk = format!("id={NODE},{medium},socket={},queues={}", socket.display(), cell.queues);
     if let Some(more) = &options.blkmark_disk {
         disk.push(',');
         disk.push_str(more);
     }
-    let mut command = Command::new(options.blkmark()?);
     command.args(["serve", "--disk", &disk, "--control"]).arg(control).stdin(Stdio::null());
-    Ok(command)
+    command
 }
 
 fn qsd(options: &Options, target: &Target, cell: &Cell, aio: Aio, socket: &Path, monitor: UnixStream) -> Command {
     let driver = if target.is_block_device() { "host_device" } else { "file" };
-    let mut command = Command::new(&options.qsd);
-    command
-        .arg("--blockdev")
-        .arg(format!(
+    let node = match target.is_null() {
+        true => format!("driver=null-co,node-name={NODE},size={},read-zeroes=off", target.size()),
+        false => format!(
             "driver={driver},node-name={NODE},filename={},cache.direct={},aio={},discard=unmap",
             // A comma ends an option unless it is doubled.
             target.path().display().to_string().replace(',', ",,"),
             if options.direct() { "on" } else { "off" },
             aio.name(),
-        ))
+        ),
+    };
+    let mut command = Command::new(&options.qsd);
+    command
+        .arg("--blockdev")
+        .arg(node)
         .arg("--export")
         .arg(format!(
             "type=vhost-user-blk,id=e,node-name={NODE},addr.type=unix,addr.path={},writable=on,num-queues={}",

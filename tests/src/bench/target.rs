@@ -17,6 +17,8 @@ pub enum Place {
     Dir(PathBuf),
     /// Use this file or block device.
     File(PathBuf),
+    /// No medium: either server's null disk.
+    Null,
 }
 
 /// A disk ready to be served.
@@ -26,6 +28,7 @@ pub struct Target {
     file: File,
     size: u64,
     block_device: bool,
+    null: bool,
     /// Removed with everything in it when the target goes.
     _dir: Option<tempfile::TempDir>,
 }
@@ -36,6 +39,15 @@ impl Target {
         match place {
             Place::Dir(dir) => Self::make(dir, options),
             Place::File(path) => Self::open(path, options),
+            Place::Null => Ok(Target {
+                name: "a null disk".into(),
+                path: PathBuf::from("/dev/null"),
+                file: File::open("/dev/null").context("cannot open /dev/null")?,
+                size: options.size,
+                block_device: false,
+                null: true,
+                _dir: None,
+            }),
         }
     }
 
@@ -59,7 +71,15 @@ impl Target {
             left -= part as u64;
         }
         file.sync_all().with_context(|| format!("cannot sync {}", path.display()))?;
-        Ok(Target { name: dir.display().to_string(), path, file, size, block_device: false, _dir: Some(folder) })
+        Ok(Target {
+            name: dir.display().to_string(),
+            path,
+            file,
+            size,
+            block_device: false,
+            null: false,
+            _dir: Some(folder),
+        })
     }
 
     fn open(path: &Path, options: &Options) -> Result<Self> {
@@ -92,6 +112,7 @@ impl Target {
             file,
             size,
             block_device: kind.is_block_device(),
+            null: false,
             path,
             _dir: None,
         })
@@ -112,6 +133,11 @@ impl Target {
         self.size
     }
 
+    /// Whether it has no medium.
+    pub fn is_null(&self) -> bool {
+        self.null
+    }
+
     /// Whether it is a block device.
     pub fn is_block_device(&self) -> bool {
         self.block_device
@@ -120,6 +146,9 @@ impl Target {
     /// Waits until no server holds the disk any more (its last requests may outlive it for a moment, and its locks with
     /// them), and writes back what is dirty.
     pub fn settle(&self) -> Result<()> {
+        if self.null {
+            return Ok(());
+        }
         fcntl_lock(&self.file, FlockOperation::LockExclusive).context("waiting for the last server's lock")?;
         flock(&self.file, FlockOperation::LockExclusive).context("waiting for the last server's lock")?;
         unlock(&self.file)?;

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use blkmark_tests::bench::{self, options::Options, report};
+use blkmark_tests::bench::{self, instructions, options::Options, report};
 use clap::Parser;
 
 fn main() -> ExitCode {
@@ -21,6 +21,10 @@ fn run(options: &Options) -> anyhow::Result<()> {
         for cell in options.cells()? {
             println!("{}", cell.name());
         }
+        return Ok(());
+    }
+    if options.instructions {
+        print!("{}", instructions::report(options)?);
         return Ok(());
     }
     let reports = bench::run(options)?;
