@@ -37,7 +37,7 @@ impl Torture {
         };
         match answer {
             Answer::Lost => {
-                self.unsettled.extend(ops);
+                self.unsettled.push(ops);
                 return Ok(());
             }
             Answer::Refused(error) => {
@@ -87,13 +87,8 @@ impl Torture {
         std::thread::sleep(after);
         self.kill_client(&mut client, "client with bitmaps")?;
         let (shown, now) = (self.shown()?, self.now()?);
-        for (disk, ops) in ops {
-            if let Some(name) = self.served[disk].marks.settle(&ops, &shown[disk], now) {
-                bail!("bitmap {name} of disk {disk} is not as any outcome of {ops:?} leaves it");
-            }
-            self.compare_hashes(disk)?;
-        }
-        Ok(())
+        self.settle(&ops, &shown, now)?;
+        ops.iter().try_for_each(|(disk, _)| self.compare_hashes(*disk))
     }
 
     /// Starts blkmark's own client.

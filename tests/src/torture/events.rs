@@ -300,6 +300,7 @@ impl Torture {
         self.log.say("the store's file system is full");
         self.log.count("faults", "store full", 1);
         self.store_was_full = true;
+        self.active.iter_mut().for_each(|job| job.may_fail = true);
         let ballast = self.place.store.folder().join("ballast");
         let mut file = fs::File::create(&ballast)?;
         while file.write_all(&[1; 65536]).is_ok() {}
@@ -314,7 +315,6 @@ impl Torture {
             self.start_daemon()?;
         }
         self.listen(Duration::from_millis(random.below(50)))?;
-        self.active.iter_mut().for_each(|job| job.may_fail = true);
         drop(file);
         fs::remove_file(&ballast)?;
         self.log.say("the store's file system has room again");

@@ -130,6 +130,11 @@ impl Marks {
         }
     }
 
+    /// Whether the bitmap records, if it is one that outlives the daemon.
+    pub fn outlives(&self, name: &str) -> Option<bool> {
+        self.0.get(name).filter(|mark| mark.persistent).map(|mark| mark.recording)
+    }
+
     /// Something became certain.
     pub fn certain(&mut self, certain: Option<Certain>) {
         let (begun, sectors): (u64, Vec<u32>) = match certain {

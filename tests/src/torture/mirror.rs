@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::place::Place;
@@ -58,9 +58,10 @@ impl Mirror {
         // It says nowhere that it is ready.
         let deadline = Instant::now() + GIVE_UP;
         while UnixStream::connect(&self.socket).is_err() {
-            if !process.is_running() || Instant::now() > deadline {
-                bail!("nbdkit does not serve\n{}", process.log_tail());
+            if !process.is_running() {
+                bail!("nbdkit ended with {}\n{}", process.wait(GIVE_UP)?, process.log_tail());
             }
+            ensure!(Instant::now() < deadline, "nbdkit does not serve\n{}", process.log_tail());
             std::thread::sleep(Duration::from_millis(2));
         }
         self.server = Some(process);

@@ -18,6 +18,7 @@ mod content;
 mod events;
 mod geometry;
 pub mod guest;
+mod hearing;
 mod journal;
 mod log;
 mod marks;

@@ -54,7 +54,7 @@ impl Torture {
             },
         };
         match &answer {
-            Answer::Done(_) if command.starts_with("query") => {}
+            Answer::Done(_) if command.starts_with("query") || command.starts_with("x-debug") => {}
             Answer::Done(_) => self.log.say(format_args!("{command} {text}")),
             Answer::Refused(error) => self.log.say(format_args!("{command} {text} was refused: {}", error.desc)),
             Answer::Lost => {

@@ -13,6 +13,7 @@ use crate::small_fs::SmallFileSystem;
 pub struct Place {
     folder: TempDir,
     runtime: TempDir,
+    memory: TempDir,
     /// Stores of bitmaps.
     pub store: SmallFileSystem,
     /// Where a backup has hardly any room.
@@ -25,15 +26,21 @@ impl Place {
         let dir = dir.map_or_else(std::env::temp_dir, Path::to_owned);
         let folder = tempfile::Builder::new().prefix("blkmark-torture-").tempdir_in(&dir);
         let folder = folder.with_context(|| format!("cannot make a folder in {}", dir.display()))?;
-        let runtime = tempfile::Builder::new().prefix("blkmark-torture-").tempdir_in("/dev/shm");
-        let runtime = runtime.context("cannot make a folder in /dev/shm")?;
+        let in_memory = || tempfile::Builder::new().prefix("blkmark-torture-").tempdir_in("/dev/shm");
+        let runtime = in_memory().context("cannot make a folder in /dev/shm")?;
+        let memory = in_memory().context("cannot make a folder in /dev/shm")?;
         let (store, narrow) = (SmallFileSystem::mount(16 * MIB)?, SmallFileSystem::mount(MIB)?);
-        Ok(Place { folder, runtime, store, narrow })
+        Ok(Place { folder, runtime, memory, store, narrow })
     }
 
     /// A path in the folder.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+
+    /// The journal of all guests: in memory, where giving back its beginning holds nobody up.
+    pub fn journal(&self) -> PathBuf {
+        self.memory.path().join("journal")
     }
 
     /// What the daemon is told as its runtime directory.
@@ -53,10 +60,12 @@ impl Place {
     /// Leaves all files where they are; where that is.
     pub fn keep(&mut self) -> PathBuf {
         self.folder.disable_cleanup(true);
-        let store = self.folder.path().join("store");
-        let _ = fs::create_dir(&store).and_then(|()| copy_all(self.store.folder(), &store));
-        let runtime = self.folder.path().join("runtime");
-        let _ = fs::create_dir(&runtime).and_then(|()| copy_all(self.runtime(), &runtime));
+        for (name, from) in
+            [("store", self.store.folder()), ("runtime", self.runtime()), ("memory", self.memory.path())]
+        {
+            let to = self.folder.path().join(name);
+            let _ = fs::create_dir(&to).and_then(|()| copy_all(from, &to));
+        }
         self.folder.path().to_owned()
     }
 }

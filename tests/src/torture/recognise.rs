@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 
+use super::marks::Op;
+use super::orders::Answer;
 use super::world::Torture;
 
 /// A bitmap as the daemon shows it.
@@ -52,12 +54,9 @@ impl Torture {
         self.jobs_of_the_dead(&ids)?;
         let now = self.now()?;
         let shown = self.shown()?;
-        for (disk, ops) in std::mem::take(&mut self.unsettled) {
-            if let Some(name) = self.served[disk].marks.settle(&ops, &shown[disk], now)
-                && !self.store_was_full
-            {
-                bail!("LOSS: bitmap {name} of disk {disk} is not as any outcome of {ops:?} leaves it");
-            }
+        for order in std::mem::take(&mut self.unsettled) {
+            self.all_or_nothing(&order, &shown)?;
+            self.settle(&order, &shown, now)?;
         }
         for (disk, shown) in shown.iter().enumerate() {
             self.recognise_bitmaps(disk, shown)?;
@@ -66,6 +65,40 @@ impl Torture {
             self.compare_hashes(disk)?;
         }
         self.log.count("verified", "restarts", 1);
+        Ok(())
+    }
+
+    /// The changes of one order were all made, or none was, on all disks together.
+    fn all_or_nothing(&mut self, order: &[(usize, Vec<Op>)], shown: &[BTreeMap<String, Shown>]) -> Result<()> {
+        if self.store_was_full {
+            return Ok(());
+        }
+        let (mut before, mut after) = (true, true);
+        for (disk, ops) in order {
+            let marks = &self.served[*disk].marks;
+            let mut changed = marks.clone();
+            changed.done(ops, 0);
+            for name in ops.iter().map(Op::name) {
+                let there = shown[*disk].get(name).map(|bitmap| bitmap.recording);
+                before &= marks.outlives(name) == there;
+                after &= changed.outlives(name) == there;
+            }
+        }
+        ensure!(before || after, "LOSS: {order:?} was done in part: {shown:?}");
+        self.log.count("verified", "orders cut off", 1);
+        Ok(())
+    }
+
+    /// What orders that were never answered have come to.
+    pub fn settle(&mut self, order: &[(usize, Vec<Op>)], shown: &[BTreeMap<String, Shown>], now: u64) -> Result<()> {
+        for (disk, ops) in order {
+            let disk = *disk;
+            if let Some(name) = self.served[disk].marks.settle(ops, &shown[disk], now)
+                && !self.store_was_full
+            {
+                bail!("LOSS: bitmap {name} of disk {disk} is not as any outcome of {ops:?} leaves it");
+            }
+        }
         Ok(())
     }
 
@@ -129,7 +162,12 @@ impl Torture {
             |(name, mark): (&String, &super::marks::Mark)| (!mark.recording).then(|| (name.clone(), mark.hash.clone()));
         for (name, before) in self.served[disk].marks.0.iter().filter_map(still).collect::<Vec<_>>() {
             let arguments = json!({ "node": node, "name": name });
-            let Some(answer) = self.must("x-debug-block-dirty-bitmap-sha256", arguments)? else { return Ok(()) };
+            let answer = match self.order("x-debug-block-dirty-bitmap-sha256", arguments)? {
+                Answer::Done(answer) => answer,
+                Answer::Lost => return Ok(()),
+                Answer::Refused(_) if self.store_was_full => continue,
+                Answer::Refused(error) => bail!("bitmap {name} of disk {disk}: {}", error.desc),
+            };
             let hash = answer["sha256"].as_str().map(str::to_owned);
             if before.is_some() {
                 ensure!(hash == before, "LOSS: the disabled bitmap {name} of disk {disk} is not what it was");

@@ -13,7 +13,6 @@ use blkmark_backup::qmp::Event;
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::backups::{Active, Instants};
-use super::bounds::Bounds;
 use super::chain::Chain;
 use super::geometry::{LONGEST, SECTORS};
 use super::guest::{GuestArgs, QUEUES};
@@ -21,7 +20,7 @@ use super::journal::Reader;
 use super::log::Log;
 use super::marks::{Marks, Op};
 use super::mirror::Mirror;
-use super::model::{Certain, Model};
+use super::model::Model;
 use super::options::Options;
 use super::place::Place;
 use super::schedule::numbers;
@@ -71,11 +70,12 @@ pub struct Torture {
     pub store_was_full: bool,
     /// Images of orders over several disks.
     pub instants: Instants,
-    /// Changes of bitmaps that were never answered.
-    pub unsettled: Vec<(usize, Vec<Op>)>,
+    /// Changes of bitmaps that were never answered, those of one order together.
+    pub unsettled: Vec<Vec<(usize, Vec<Op>)>>,
     /// Numbers for names that are never used again.
     pub names: u64,
-    journal: Reader,
+    /// What guests say.
+    pub journal: Reader,
     starts: u64,
     lives: u32,
 }
@@ -85,7 +85,7 @@ impl Torture {
     pub fn new(options: Options, seed: u64) -> Result<Torture> {
         let place = Place::make(options.dir.as_deref())?;
         let log = Log::create(&place.path("events.log"), options.verbose)?;
-        let journal = Reader::create(&place.path("journal"))?;
+        let journal = Reader::create(&place.journal())?;
         let served = (0..options.disks).map(|number| Served::make(&place, number)).collect::<Result<_>>()?;
         Ok(Torture {
             options,
@@ -242,7 +242,7 @@ impl Torture {
         let served = &mut self.served[disk];
         ensure!(served.guest.is_none(), "there is a guest already");
         let look = served.model.guest_died(LONGEST);
-        let (socket, journal) = (served.disk.socket.clone(), self.place.path("journal"));
+        let (socket, journal) = (served.disk.socket.clone(), self.place.journal());
         let args = GuestArgs::new(socket, journal, disk as u8, self.lives, seed, served.model.sectors(), &look);
         let log = self.place.path(&format!("guest-{}.log", u64::from(self.lives) % LOGS));
         let mut command = Command::new(torture_binary()?);
@@ -301,71 +301,6 @@ impl Torture {
             bail!("job {} does not end", job.id);
         }
         Ok(())
-    }
-
-    /// Takes everything in the journal up to now.
-    pub fn catch_up(&mut self) -> Result<()> {
-        self.take(&mut [])
-    }
-
-    /// The same, for bounds that are not closed yet too.
-    pub fn take(&mut self, bounds: &mut [(usize, Bounds)]) -> Result<()> {
-        let end = self.journal.end()?;
-        loop {
-            let (first, records) = self.journal.next(end)?;
-            if records.is_empty() {
-                return Ok(());
-            }
-            for (at, record) in (first..).zip(&records) {
-                let disk = usize::from(record.disk);
-                let served = self.served.get_mut(disk).context("a disk that does not exist")?;
-                match served.model.apply(at, record) {
-                    Ok(certain) => {
-                        if let Some(Certain::Done(_)) = &certain {
-                            self.log.count("guests", "changes", 1);
-                        }
-                        served.marks.certain(certain);
-                    }
-                    Err(wrong) => bail!("LOSS: {wrong}"),
-                }
-                for (of, bounds) in bounds.iter_mut().filter(|(of, _)| *of == disk) {
-                    debug_assert_eq!(*of, disk);
-                    bounds.apply(at, record);
-                }
-            }
-        }
-    }
-
-    /// Where the journal ends.
-    pub fn now(&self) -> Result<u64> {
-        self.journal.end()
-    }
-
-    /// Listens to the daemon for a while.
-    pub fn listen(&mut self, pause: Duration) -> Result<()> {
-        let deadline = Instant::now() + pause.max(Duration::from_millis(1));
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let mut events: Vec<Event> = Vec::new();
-            if let Some(qmp) = self.qmp.as_mut() {
-                let heard = qmp.client().wait_event(left.max(Duration::from_millis(1)), |event| {
-                    events.push(event.clone());
-                    true
-                });
-                if let Err(error) = heard {
-                    self.all_live()?;
-                    return Err(error).context("listening to the daemon");
-                }
-            }
-            let none = events.is_empty();
-            for event in events {
-                self.heard(&event)?;
-            }
-            self.catch_up()?;
-            if none {
-                return self.all_live();
-            }
-        }
     }
 }
 
