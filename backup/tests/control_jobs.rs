@@ -5,6 +5,7 @@ mod control_common;
 use control_common::*;
 use serde_json::{Value, json};
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 /// A lab with disk d0, full of ones, and target nodes t and u.
 fn lab() -> Lab {
@@ -105,6 +106,32 @@ fn what_the_guest_may_feel_can_be_changed_while_a_job_runs() {
     }
     lab.ok("block-job-cancel", json!({ "device": "j" }));
     lab.state("j", "null");
+}
+
+#[test]
+fn speed_bounds_what_comes_out_of_scratch_as_what_comes_from_the_disk() {
+    let lab = lab();
+    let instant = lab.disks[0].image();
+    start(&lab, "j", "t", json!({ "speed": 1 }));
+    let offset = || lab.ok("query-block-jobs", json!({}))[0]["offset"].as_u64().unwrap();
+    let until = |bytes: u64| {
+        let began = Instant::now();
+        while offset() < bytes && began.elapsed() < GIVE_UP {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // The next one is due in half a day.
+        assert_eq!(offset(), bytes);
+    };
+    until(CLUSTER);
+    // All that is left comes out of scratch from here on.
+    lab.disks[0].dirty(0..64, 2);
+    for more in 1..4 {
+        lab.ok("block-job-set-speed", json!({ "device": "j", "speed": 1 }));
+        until((more + 1) * CLUSTER);
+    }
+    lab.ok("block-job-set-speed", json!({ "device": "j", "speed": 0 }));
+    lab.state("j", "null");
+    assert_same(&std::fs::read(lab.path("t.raw")).unwrap(), &instant);
 }
 
 #[test]
