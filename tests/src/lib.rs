@@ -24,3 +24,4 @@ pub mod qmp;
 pub mod random;
 pub mod small_fs;
 pub mod tools;
+pub mod torture;
