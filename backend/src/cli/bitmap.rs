@@ -4,11 +4,11 @@ use blkmark_backup::qmp::Client;
 use serde_json::{Value, json};
 
 use super::args::{BitmapAction, BitmapArgs, BitmapName, MarkMode, MarkPattern, PopulateArgs};
-use super::{backup, checkpoint};
 use super::failure::Failure;
 use super::output::Output;
 use super::query;
 use super::wait::Wait;
+use super::{backup, checkpoint};
 
 /// Runs it.
 pub(super) fn run(client: &mut Client, args: &BitmapArgs, output: &Output) -> Result<(), Failure> {

@@ -11,7 +11,7 @@ use super::checkpoints::CheckpointAction;
 use super::points::{self, PointAction};
 use super::populate::PopulateAction;
 use super::{Control, done};
-use crate::job::{Backup, Locked, NewJob, Work};
+use crate::job::{Locked, NewJob};
 use crate::node::Node;
 use crate::qmp::{Arguments, QmpError};
 use blkmark_bitmap::Commit;
@@ -100,7 +100,7 @@ impl Action {
     /// Whether files are to be opened or made for it, with no lock held.
     fn opens_a_file(&self) -> bool {
         match self {
-            Action::Abort | Action::Bitmap(_) => false,
+            Action::Abort | Action::Bitmap(_) | Action::Checkpoint(_) => false,
             Action::Backup(_) | Action::Point(_) => true,
             Action::Populate(populate) => populate.opens_a_file(),
         }
