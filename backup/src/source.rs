@@ -54,6 +54,10 @@ pub trait Source: Send + Sync {
     /// The file or device behind it, where there is one.
     fn file_id(&self) -> Option<FileId>;
 
+    /// Makes what waits in here fail at once, and everything later: for a source over a network that no longer answers. Files
+    /// have nothing to wait for. May be called from any thread.
+    fn interrupt(&self) {}
+
     /// A file that holds the bytes of the disk one to one, for targets that take them without moving them through this
     /// process. Only to be read from.
     fn file(&self) -> Option<BorrowedFd<'_>> {

@@ -8,6 +8,7 @@
 //! - [`inflight`]: which writes are on their way. [`gate`]: what may hold a write back.
 //! - [`checkpoints`]: points in time that are named for change tracking alone.
 //! - [`named`]: named bitmaps and their states, as drafts that a commit puts in force.
+//! - [`fill`]: how what a job found out gets into a bitmap.
 //! - [`store`]: what survives the process, and the machine. `upkeep`: what is done for it meanwhile.
 //! - [`tracker`]: one disk's marking. [`flip`]: one instant for many disks.
 //!
@@ -16,6 +17,7 @@
 pub mod admission;
 pub mod bits;
 pub mod checkpoints;
+pub mod fill;
 pub mod flip;
 pub mod gate;
 pub mod inflight;
@@ -30,6 +32,7 @@ mod upkeep;
 
 pub use bits::Bits;
 pub use checkpoints::{CheckpointInfo, CheckpointMark};
+pub use fill::Mask;
 pub use flip::{Commit, CommitError, commit};
 pub use gate::{Gate, Resume, Verdict};
 pub use inflight::PreCut;

@@ -154,6 +154,10 @@ impl Frozen {
     pub(crate) fn close(&mut self, generation: Option<&Arc<LiveMap>>) {
         self.layers.close(generation);
     }
+
+    pub(crate) fn layers(&self) -> &Layers {
+        &self.layers
+    }
 }
 
 impl fmt::Debug for Frozen {
@@ -169,7 +173,9 @@ pub(crate) struct Bitmap {
     recording: bool,
     persistent: bool,
     inconsistent: bool,
-    layers: Layers,
+    /// While frozen: the successor records although the bitmap is disabled (see `fill`).
+    pub(crate) for_job: bool,
+    pub(crate) layers: Layers,
     frozen: Option<Frozen>,
 }
 
@@ -200,7 +206,7 @@ pub struct BitmapInfo {
 #[derive(Clone, Debug)]
 pub struct Draft {
     size: u64,
-    bitmaps: Vec<Bitmap>,
+    pub(crate) bitmaps: Vec<Bitmap>,
     pub(crate) checkpoints: Checkpoints,
     /// The commit begins a generation.
     cut: bool,
@@ -217,12 +223,12 @@ impl Draft {
         Self { size, bitmaps: Vec::new(), checkpoints: Checkpoints::default(), cut: false, changed: false }
     }
 
-    fn position(&self, name: &str) -> Result<usize, BitmapError> {
+    pub(crate) fn position(&self, name: &str) -> Result<usize, BitmapError> {
         self.bitmaps.iter().position(|b| b.name == name).ok_or_else(|| BitmapError::NotFound(name.to_owned()))
     }
 
     /// The bitmap, if it may be read and changed.
-    fn free(&mut self, name: &str) -> Result<&mut Bitmap, BitmapError> {
+    pub(crate) fn free(&mut self, name: &str) -> Result<&mut Bitmap, BitmapError> {
         let index = self.position(name)?;
         let bitmap = &mut self.bitmaps[index];
         if bitmap.frozen.is_some() {
@@ -262,6 +268,7 @@ impl Draft {
             recording: !disabled,
             persistent: false,
             inconsistent: false,
+            for_job: false,
             layers: Layers::empty(granularity, self.size),
             frozen: None,
         });
@@ -342,12 +349,14 @@ impl Draft {
         Ok(frozen)
     }
 
-    fn thaw(&mut self, name: &str, id: Uuid) -> Result<(&mut Bitmap, Frozen), BitmapError> {
+    pub(crate) fn thaw(&mut self, name: &str, id: Uuid) -> Result<(&mut Bitmap, Frozen), BitmapError> {
         let index = self.position(name)?;
         let bitmap = &mut self.bitmaps[index];
         match bitmap.frozen.take() {
             Some(frozen) if frozen.id == id => {
                 self.changed = true;
+                // Recording for the job ends with it.
+                self.cut |= bitmap.for_job;
                 Ok((bitmap, frozen))
             }
             other => {
@@ -365,7 +374,12 @@ impl Draft {
     /// Ends freeze `id` in failure: the frozen set is merged back into the successor.
     pub fn reclaim(&mut self, name: &str, id: Uuid) -> Result<(), BitmapError> {
         let (bitmap, frozen) = self.thaw(name, id)?;
-        bitmap.layers.absorb(&frozen.layers);
+        if std::mem::take(&mut bitmap.for_job) {
+            // A disabled bitmap is as it was: what was recorded, the job alone wanted.
+            bitmap.layers = frozen.layers;
+        } else {
+            bitmap.layers.absorb(&frozen.layers);
+        }
         Ok(())
     }
 
@@ -451,7 +465,7 @@ impl Draft {
 
     /// The finest granularity that records; `None` if nothing does.
     pub(crate) fn recording_granularity(&self) -> Option<Granularity> {
-        let bitmaps = self.bitmaps.iter().filter(|b| b.recording).map(|b| b.layers.granularity());
+        let bitmaps = self.bitmaps.iter().filter(|b| b.records()).map(|b| b.layers.granularity());
         bitmaps.chain(self.checkpoints.recording_granularity()).min()
     }
 
@@ -475,7 +489,7 @@ impl Draft {
     pub(crate) fn distrust(&mut self) {
         for bitmap in self.bitmaps.iter_mut().filter(|bitmap| bitmap.persistent) {
             bitmap.inconsistent = true;
-            bitmap.recording = false;
+            (bitmap.recording, bitmap.for_job) = (false, false);
             bitmap.layers = Layers::empty(bitmap.layers.granularity(), bitmap.layers.size());
         }
     }
@@ -484,14 +498,15 @@ impl Draft {
     pub(crate) fn restore(&mut self, name: String, granularity: Granularity, recording: bool, base: Option<Arc<Bits>>) {
         let mut layers = base.map_or_else(|| Layers::empty(granularity, self.size), Layers::of);
         layers.record(recording);
-        self.bitmaps.push(Bitmap { name, recording, persistent: true, inconsistent: false, layers, frozen: None });
+        let (persistent, inconsistent, for_job) = (true, false, false);
+        self.bitmaps.push(Bitmap { name, recording, persistent, inconsistent, for_job, layers, frozen: None });
     }
 
     /// Puts a bitmap of the store back that is not to be trusted.
     pub(crate) fn restore_inconsistent(&mut self, name: String, granularity: Granularity) {
         let layers = Layers::empty(granularity, self.size);
-        let (recording, persistent, inconsistent) = (false, true, true);
-        self.bitmaps.push(Bitmap { name, recording, persistent, inconsistent, layers, frozen: None });
+        let (recording, persistent, inconsistent, for_job) = (false, true, true, false);
+        self.bitmaps.push(Bitmap { name, recording, persistent, inconsistent, for_job, layers, frozen: None });
     }
 
     /// The draft comes into force. `cut`: with it, a generation ended, which was `closed`.
@@ -500,7 +515,7 @@ impl Draft {
             if cut {
                 bitmap.layers.close(closed);
             }
-            bitmap.layers.record(bitmap.recording);
+            bitmap.layers.record(bitmap.records());
             bitmap.layers.compact();
             if let Some(frozen) = &mut bitmap.frozen {
                 frozen.close(closed);
@@ -537,6 +552,11 @@ impl Draft {
 }
 
 impl Bitmap {
+    /// Whether the current generation belongs to it.
+    pub(crate) fn records(&self) -> bool {
+        self.recording || self.for_job
+    }
+
     fn shown(&self, live: Option<&Arc<LiveMap>>) -> Bits {
         match &self.frozen {
             Some(frozen) => frozen.layers.bits(live),

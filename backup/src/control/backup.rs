@@ -10,7 +10,7 @@ use super::transaction::{self, Action, Stage};
 use super::{Control, done};
 use crate::job::backup::Held;
 use crate::job::{
-    Backup, BitmapMode, Content, Destination as Named, Hold, JobError, NewJob, OnFailure, Reservation, Settings,
+    Backup, BitmapMode, Content, Destination as Named, Hold, JobError, NewJob, OnFailure, Reservation, Settings, Work,
 };
 use crate::node::Node;
 use crate::point::{Point, PointOptions, Wanted};
@@ -325,7 +325,7 @@ impl BackupAction {
         }
         let mut backup = self.backup?;
         backup.held.claim = self.destination.hand_over();
-        Some(NewJob { id: self.id?, settings: self.settings, backup })
+        Some(NewJob { id: self.id?, settings: self.settings, work: Work::Backup(backup) })
     }
 }
 

@@ -104,6 +104,7 @@ impl BitmapAction {
                 if persistent {
                     draft.keep(&bitmap.name)?;
                 }
+                stage.note_made(disk, &bitmap.name);
                 Ok(())
             }
             BitmapAction::Remove(bitmap) => {

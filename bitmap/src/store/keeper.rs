@@ -607,7 +607,8 @@ impl Writer<'_> {
                 }),
                 None => None,
             };
-            let layers = match bitmap.is_inconsistent() {
+            // What a job alone wants of a disabled bitmap ends with the job.
+            let layers = match bitmap.is_inconsistent() || bitmap.for_job {
                 true => LayersRecord::default(),
                 false => self.layers(bitmap.layers())?,
             };
