@@ -171,10 +171,10 @@ impl fmt::Debug for Frozen {
 pub(crate) struct Bitmap {
     name: String,
     recording: bool,
-    persistent: bool,
-    inconsistent: bool,
     /// While frozen: the successor records although the bitmap is disabled (see `fill`).
     pub(crate) for_job: bool,
+    persistent: bool,
+    inconsistent: bool,
     pub(crate) layers: Layers,
     frozen: Option<Frozen>,
 }
@@ -266,9 +266,9 @@ impl Draft {
         self.bitmaps.push(Bitmap {
             name: name.to_owned(),
             recording: !disabled,
+            for_job: false,
             persistent: false,
             inconsistent: false,
-            for_job: false,
             layers: Layers::empty(granularity, self.size),
             frozen: None,
         });
@@ -498,15 +498,15 @@ impl Draft {
     pub(crate) fn restore(&mut self, name: String, granularity: Granularity, recording: bool, base: Option<Arc<Bits>>) {
         let mut layers = base.map_or_else(|| Layers::empty(granularity, self.size), Layers::of);
         layers.record(recording);
-        let (persistent, inconsistent, for_job) = (true, false, false);
-        self.bitmaps.push(Bitmap { name, recording, persistent, inconsistent, for_job, layers, frozen: None });
+        let (persistent, inconsistent) = (true, false);
+        self.bitmaps.push(Bitmap { name, recording, for_job: false, persistent, inconsistent, layers, frozen: None });
     }
 
     /// Puts a bitmap of the store back that is not to be trusted.
     pub(crate) fn restore_inconsistent(&mut self, name: String, granularity: Granularity) {
         let layers = Layers::empty(granularity, self.size);
-        let (recording, persistent, inconsistent, for_job) = (false, true, true, false);
-        self.bitmaps.push(Bitmap { name, recording, persistent, inconsistent, for_job, layers, frozen: None });
+        let (recording, persistent, inconsistent) = (false, true, true);
+        self.bitmaps.push(Bitmap { name, recording, for_job: false, persistent, inconsistent, layers, frozen: None });
     }
 
     /// The draft comes into force. `cut`: with it, a generation ended, which was `closed`.
@@ -526,20 +526,14 @@ impl Draft {
     }
 
     pub(crate) fn info(&self, live: Option<&Arc<LiveMap>>) -> Vec<BitmapInfo> {
-        self.bitmaps
-            .iter()
-            .map(|bitmap| BitmapInfo {
-                name: bitmap.name.clone(),
-                granularity: bitmap.layers.granularity(),
-                count: if bitmap.inconsistent { 0 } else { bitmap.shown(live).dirty_bytes() },
-                recording: bitmap.recording,
-                busy: bitmap.frozen.is_some(),
-                frozen: bitmap.frozen.as_ref().map(Frozen::id),
-                owner: bitmap.frozen.as_ref().map(Frozen::owner),
-                persistent: bitmap.persistent,
-                inconsistent: bitmap.inconsistent,
-            })
-            .collect()
+        let count = |bitmap: &Bitmap| if bitmap.inconsistent { 0 } else { bitmap.shown(live).dirty_bytes() };
+        self.bitmaps.iter().map(|bitmap| bitmap.info(count(bitmap))).collect()
+    }
+
+    pub(crate) fn look(&self, name: &str, live: Option<&Arc<LiveMap>>) -> Result<(BitmapInfo, Bits), BitmapError> {
+        let bits = self.bits(name, live)?;
+        let bitmap = &self.bitmaps[self.position(name)?];
+        Ok((bitmap.info(bits.dirty_bytes()), bits))
     }
 
     pub(crate) fn bits(&self, name: &str, live: Option<&Arc<LiveMap>>) -> Result<Bits, BitmapError> {
@@ -555,6 +549,20 @@ impl Bitmap {
     /// Whether the current generation belongs to it.
     pub(crate) fn records(&self) -> bool {
         self.recording || self.for_job
+    }
+
+    fn info(&self, count: u64) -> BitmapInfo {
+        BitmapInfo {
+            name: self.name.clone(),
+            granularity: self.layers.granularity(),
+            count,
+            recording: self.recording,
+            busy: self.frozen.is_some(),
+            frozen: self.frozen.as_ref().map(Frozen::id),
+            owner: self.frozen.as_ref().map(Frozen::owner),
+            persistent: self.persistent,
+            inconsistent: self.inconsistent,
+        }
     }
 
     fn shown(&self, live: Option<&Arc<LiveMap>>) -> Bits {

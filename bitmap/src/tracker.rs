@@ -139,6 +139,12 @@ impl Tracker {
         draft.bits(name, live.as_ref())
     }
 
+    /// A bitmap and its bits, of one moment; of the frozen set while there is one.
+    pub fn look(&self, name: &str) -> Result<(BitmapInfo, Bits), BitmapError> {
+        let (draft, live) = self.draft();
+        draft.look(name, live.as_ref())
+    }
+
     /// All that stands, and the generation that is being written, to look at with no lock held.
     pub(crate) fn draft(&self) -> (Draft, Option<Arc<LiveMap>>) {
         let view = lock(&self.view);

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::checkpoint::CheckpointArgs;
+use super::export::ExportArgs;
 use super::failure::Failure;
+use super::point::PointArgs;
 use super::serve::ServeArgs;
 use super::{CONTROL_VARIABLE, DEFAULT_CONTROL, size};
 
@@ -77,6 +80,12 @@ pub enum ClientCommand {
     Bitmap(BitmapArgs),
     /// Back up disks, and wait until that is done
     Backup(BackupArgs),
+    /// Freeze disks as of one instant, for others to read
+    Point(PointArgs),
+    /// Export disks and points in time over NBD
+    Export(ExportArgs),
+    /// Name instants, and ask what has changed between them
+    Checkpoint(CheckpointArgs),
     /// List and steer jobs
     Job(JobArgs),
     /// Show disks, jobs, bitmaps and nodes
@@ -191,6 +200,14 @@ pub enum BitmapAction {
     },
     /// Mark what differs from an older image, and so begin a chain from a backup that exists
     Populate(PopulateArgs),
+    /// Freeze a bitmap: what it holds stands still, and a successor records
+    Freeze(BitmapName),
+    /// End a freeze in success: the bitmap is what was recorded since
+    Abdicate(BitmapName),
+    /// End a freeze in failure: the bitmap is what it held, and what was recorded since
+    Reclaim(BitmapName),
+    /// Show which regions a bitmap holds
+    Show(BitmapName),
     /// List bitmaps
     List {
         /// Of this disk only

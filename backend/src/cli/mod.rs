@@ -7,9 +7,12 @@
 pub mod args;
 mod backup;
 mod bitmap;
+mod checkpoint;
+mod export;
 mod failure;
 mod job;
 pub(crate) mod output;
+mod point;
 mod qmp;
 mod query;
 mod serve;
@@ -68,6 +71,9 @@ fn execute(cli: &Cli, command: &ClientCommand, output: &Output) -> Result<(), Fa
     match command {
         ClientCommand::Bitmap(args) => bitmap::run(&mut client, args, output),
         ClientCommand::Backup(args) => backup::run(&mut client, args, output),
+        ClientCommand::Point(args) => point::run(&mut client, args, output),
+        ClientCommand::Export(args) => export::run(&mut client, args, output),
+        ClientCommand::Checkpoint(args) => checkpoint::run(&mut client, args, output),
         ClientCommand::Job(args) => job::run(&mut client, args, output),
         ClientCommand::Query(args) => query::run(&mut client, args, output),
         ClientCommand::Qmp(args) => qmp::run(&mut client, args, output),

@@ -607,7 +607,7 @@ impl Writer<'_> {
                 }),
                 None => None,
             };
-            // What a job alone wants of a disabled bitmap ends with the job.
+            // What a disabled bitmap's successor records, a job alone wants: with the process, that job is over.
             let layers = match bitmap.is_inconsistent() || bitmap.for_job {
                 true => LayersRecord::default(),
                 false => self.layers(bitmap.layers())?,
