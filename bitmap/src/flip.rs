@@ -47,6 +47,8 @@ pub struct Commit<'a> {
     pub draft: Draft,
     arm: Vec<Arc<dyn Gate>>,
     disarm: Vec<Arc<dyn Gate>>,
+    /// Why the generation that begins will not outlive the process.
+    lost: Option<StoreError>,
 }
 
 impl Tracker {
@@ -54,7 +56,7 @@ impl Tracker {
     pub fn begin(&self) -> Commit<'_> {
         let control = lock(&self.control);
         let draft = control.bitmaps.clone();
-        Commit { tracker: self, control, draft, arm: Vec::new(), disarm: Vec::new() }
+        Commit { tracker: self, control, draft, arm: Vec::new(), disarm: Vec::new(), lost: None }
     }
 }
 
@@ -219,7 +221,7 @@ fn flip<'a>(commits: Vec<Commit<'a>>, prepare: bool) -> Result<(Vec<Cut>, Vec<Pa
         commit.draft.settle(cut, closed.as_ref());
         let mut before = std::mem::replace(&mut control.bitmaps, commit.draft);
         before.settle(cut, closed.as_ref());
-        let (tracker, control, torn) = (commit.tracker, commit.control, None);
+        let (tracker, control, torn) = (commit.tracker, commit.control, commit.lost);
         parts.push(Part { tracker, control, changed, before, old_gates, old_size, in_flight, torn });
     }
     Ok((cuts, parts))
@@ -253,7 +255,15 @@ impl Commit<'_> {
         let recording = old_too(old.recording_granularity()).into_iter().chain(new.recording_granularity()).min();
         let (live, heat) = match (keeper, recording) {
             (Some(keeper), Some(granularity)) if kept => {
-                let map = keeper.create_map(granularity, new.size(), control.generation + 1)?;
+                let map = match keeper.create_map(granularity, new.size(), control.generation + 1) {
+                    Ok(map) => map,
+                    Err(error) if ask => return Err(error),
+                    // There is no giving up: what is marked from now on ends with the process, so nothing may rely on it.
+                    Err(error) => {
+                        self.lost = Some(error);
+                        Arc::new(LiveMap::new(granularity, new.size()))
+                    }
+                };
                 (Some(map), Some(Arc::clone(&keeper.heat)))
             }
             _ => (recording.map(|granularity| Arc::new(LiveMap::new(granularity, new.size()))), None),

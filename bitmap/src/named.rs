@@ -355,6 +355,8 @@ impl Draft {
         match bitmap.frozen.take() {
             Some(frozen) if frozen.id == id => {
                 self.changed = true;
+                // Recording for the job ends with it.
+                self.cut |= bitmap.for_job;
                 Ok((bitmap, frozen))
             }
             other => {
@@ -487,7 +489,7 @@ impl Draft {
     pub(crate) fn distrust(&mut self) {
         for bitmap in self.bitmaps.iter_mut().filter(|bitmap| bitmap.persistent) {
             bitmap.inconsistent = true;
-            bitmap.recording = false;
+            (bitmap.recording, bitmap.for_job) = (false, false);
             bitmap.layers = Layers::empty(bitmap.layers.granularity(), bitmap.layers.size());
         }
     }
