@@ -33,12 +33,20 @@ impl Draft {
         Ok(frozen)
     }
 
+    /// The bitmap, which is frozen, was made for what the job is to find: should the process end first, it is inconsistent, for
+    /// an empty bitmap would say that nothing differs.
+    pub fn await_fill(&mut self, name: &str) -> Result<(), BitmapError> {
+        let index = self.position(name)?;
+        self.bitmaps[index].unfilled = true;
+        Ok(())
+    }
+
     /// Ends freeze `id`: the bitmap holds what `mask` says of what it held and of `found`, and all that was written since.
     pub fn fill(&mut self, name: &str, id: Uuid, found: &Bits, mask: Mask) -> Result<(), BitmapError> {
         // What was written since has to be in a closed generation: a disabled bitmap records no longer.
         self.end_generation();
         let (bitmap, frozen) = self.thaw(name, id)?;
-        bitmap.for_job = false;
+        (bitmap.for_job, bitmap.unfilled) = (false, false);
         match mask {
             Mask::Overwrite => bitmap.layers.add(found),
             Mask::Union => {

@@ -173,6 +173,8 @@ pub(crate) struct Bitmap {
     recording: bool,
     /// While frozen: the successor records although the bitmap is disabled (see `fill`).
     pub(crate) for_job: bool,
+    /// While frozen: made for what a job is to find, and of no worth without it.
+    pub(crate) unfilled: bool,
     persistent: bool,
     inconsistent: bool,
     pub(crate) layers: Layers,
@@ -267,6 +269,7 @@ impl Draft {
             name: name.to_owned(),
             recording: !disabled,
             for_job: false,
+            unfilled: false,
             persistent: false,
             inconsistent: false,
             layers: Layers::empty(granularity, self.size),
@@ -498,15 +501,33 @@ impl Draft {
     pub(crate) fn restore(&mut self, name: String, granularity: Granularity, recording: bool, base: Option<Arc<Bits>>) {
         let mut layers = base.map_or_else(|| Layers::empty(granularity, self.size), Layers::of);
         layers.record(recording);
-        let (persistent, inconsistent) = (true, false);
-        self.bitmaps.push(Bitmap { name, recording, for_job: false, persistent, inconsistent, layers, frozen: None });
+        let (persistent, inconsistent, unfilled) = (true, false, false);
+        self.bitmaps.push(Bitmap {
+            name,
+            recording,
+            for_job: false,
+            unfilled,
+            persistent,
+            inconsistent,
+            layers,
+            frozen: None,
+        });
     }
 
     /// Puts a bitmap of the store back that is not to be trusted.
     pub(crate) fn restore_inconsistent(&mut self, name: String, granularity: Granularity) {
         let layers = Layers::empty(granularity, self.size);
-        let (recording, persistent, inconsistent) = (false, true, true);
-        self.bitmaps.push(Bitmap { name, recording, for_job: false, persistent, inconsistent, layers, frozen: None });
+        let (recording, persistent, inconsistent, unfilled) = (false, true, true, false);
+        self.bitmaps.push(Bitmap {
+            name,
+            recording,
+            for_job: false,
+            unfilled,
+            persistent,
+            inconsistent,
+            layers,
+            frozen: None,
+        });
     }
 
     /// The draft comes into force. `cut`: with it, a generation ended, which was `closed`.

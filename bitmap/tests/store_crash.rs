@@ -286,7 +286,7 @@ struct Recovering {
 }
 
 fn stamp(size: u64) -> Stamp {
-    Stamp { block_device: false, device: 1, inode: 2, size, changed: 3, touched: 4, boot: Uuid::nil() }
+    Stamp { block_device: false, device: 1, inode: 2, size, changed: 3, touched: 4, boot: Uuid::nil(), name: 0 }
 }
 
 fn open(medium: &Arc<SimMedium>, maps: &SimMaps, size: u64) -> Arc<Tracker> {

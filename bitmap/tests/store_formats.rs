@@ -8,7 +8,7 @@ mod medium;
 
 use blkmark_bitmap::store::{Place, Stamp};
 use blkmark_bitmap::tracker::Admitted;
-use blkmark_bitmap::{ByteRange, Granularity, Tracker, commit};
+use blkmark_bitmap::{Bits, ByteRange, Granularity, Mask, Tracker, commit};
 use medium::{Faults, Files, Random, SimMaps, SimMedium};
 use std::sync::Arc;
 use uuid::Uuid;
@@ -20,7 +20,7 @@ const WRITTEN: [u64; 4] = [0, 33 * MIB, 40 * MIB, 255 * MIB];
 const AFTER: u64 = 100 * MIB;
 
 fn stamp() -> Stamp {
-    Stamp { block_device: false, device: 1, inode: 2, size: SIZE, changed: 3, touched: 4, boot: Uuid::nil() }
+    Stamp { block_device: false, device: 1, inode: 2, size: SIZE, changed: 3, touched: 4, boot: Uuid::nil(), name: 0 }
 }
 
 fn open(medium: &Arc<SimMedium>, disk: Stamp) -> Arc<Tracker> {
@@ -44,8 +44,13 @@ fn write(tracker: &Arc<Tracker>, offset: u64) {
 
 /// A store with a bitmap that records and one that does not any more; and the same a few commands earlier.
 fn store(clean: bool) -> (Files, Files) {
+    store_of(stamp(), clean)
+}
+
+/// The same of a disk.
+fn store_of(disk: Stamp, clean: bool) -> (Files, Files) {
     let medium = SimMedium::new(Files::default(), 1, Faults::None, None);
-    let tracker = open(&medium, stamp());
+    let tracker = open(&medium, disk);
     let edit = |change: &dyn Fn(&mut blkmark_bitmap::named::Draft)| {
         let mut begun = tracker.begin();
         change(&mut begun.draft);
@@ -64,7 +69,7 @@ fn store(clean: bool) -> (Files, Files) {
     tracker.cool();
     tracker.cool();
     if clean {
-        tracker.close(stamp()).unwrap();
+        tracker.close(disk).unwrap();
     }
     let files = medium.state.lock().unwrap().clone();
     (files, early)
@@ -197,4 +202,45 @@ fn another_disk_or_a_changed_one_makes_bitmaps_inconsistent() {
     // Another boot may call the device by another number.
     let rebooted = Stamp { device: 9, boot: Uuid::max(), ..stamp() };
     assert_eq!(look(clean, rebooted, "another boot"), 2);
+}
+
+#[test]
+fn a_bitmap_that_waits_for_a_job_is_of_no_worth_without_it() {
+    let medium = SimMedium::new(Files::default(), 1, Faults::None, None);
+    let tracker = open(&medium, stamp());
+    let mut begun = tracker.begin();
+    begun.draft.add("b", Granularity::DEFAULT, false).unwrap();
+    begun.draft.keep("b").unwrap();
+    let freeze = begun.draft.freeze_recording("b").unwrap().id();
+    begun.draft.await_fill("b").unwrap();
+    commit(vec![begun]).unwrap();
+    let after_a_crash = || {
+        let files = medium.state.lock().unwrap().clone();
+        open(&SimMedium::new(files, 1, Faults::None, None), stamp()).list()
+    };
+    assert!(after_a_crash()[0].inconsistent);
+    let mut begun = tracker.begin();
+    let found = Bits::new(Granularity::DEFAULT, SIZE);
+    begun.draft.fill("b", freeze, &found, Mask::Union).unwrap();
+    commit(vec![begun]).unwrap();
+    assert!(!after_a_crash()[0].inconsistent);
+}
+
+#[test]
+fn a_device_is_known_by_its_name_or_by_its_place_in_one_boot() {
+    let device = |name: u64, inode: u64, boot: Uuid| Stamp { block_device: true, inode, boot, name, ..stamp() };
+    let (this, next) = (Uuid::nil(), Uuid::max());
+    let known = [
+        ("the same", device(0, 7, this), device(0, 7, this), true),
+        ("attached anew, and nameless", device(0, 7, this), device(0, 8, this), false),
+        ("nameless after a boot", device(0, 7, this), device(0, 7, next), false),
+        ("attached anew", device(5, 7, this), device(5, 8, this), true),
+        ("after a boot", device(5, 7, this), device(5, 2, next), true),
+        ("another one in its place", device(5, 7, this), device(6, 7, this), false),
+        ("one that lost its name", device(5, 7, this), device(0, 7, this), false),
+    ];
+    for (what, then, now, same) in known {
+        assert_eq!(look(store_of(then, true).0, now, what), if same { 2 } else { 0 }, "{what} after a clean end");
+        assert_eq!(look(store_of(then, false).0, now, what), if same { 2 } else { 0 }, "{what} after a crash");
+    }
 }

@@ -31,8 +31,16 @@ struct Looking {
 }
 
 fn open(medium: &Arc<SimMedium>, maps: &SimMaps) -> Arc<Tracker> {
-    let disk =
-        Stamp { block_device: false, device: 1, inode: 2, size: SIZE, changed: 3, touched: 4, boot: Uuid::nil() };
+    let disk = Stamp {
+        block_device: false,
+        device: 1,
+        inode: 2,
+        size: SIZE,
+        changed: 3,
+        touched: 4,
+        boot: Uuid::nil(),
+        name: 0,
+    };
     Tracker::open_idle(Place { medium: Arc::clone(medium) as _, maps: Box::new(maps.clone()), disk }, 1, 2)
 }
 

@@ -4,6 +4,7 @@
 //! run with both, so that a wrong belief of a test about the protocols does not become a "bug" of blkmark.
 
 use std::fs;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
@@ -148,6 +149,10 @@ pub fn disk_option(disk: &Disk) -> String {
     }
     if let Some(direct) = disk.direct {
         option.push_str(if direct { ",direct=on" } else { ",direct=off" });
+    }
+    // The store of a device has a place for all daemons of a machine; a test keeps its own.
+    if fs::metadata(&disk.path).is_ok_and(|found| found.file_type().is_block_device()) {
+        option.push_str(&format!(",bitmaps={}.blkmark", disk.socket.display()));
     }
     option
 }

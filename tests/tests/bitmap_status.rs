@@ -150,7 +150,9 @@ fn bitmaps_are_told_as_by_qemu() -> Result<()> {
         for bitmap in told.as_array_mut().context("a list")?.iter_mut().filter_map(Value::as_object_mut) {
             let frozen = bitmap.shift_remove("frozen").context("frozen is not shown")?;
             let id = bitmap.shift_remove("freeze-id");
+            let by = bitmap.shift_remove("frozen-by");
             let wanted = state == "frozen" && bitmap["name"] == "first";
+            ensure!(by.is_some() == wanted && by.is_none_or(|by| by == "job"), "{bitmap:?}");
             ensure!(frozen == wanted && id.is_some() == wanted && bitmap["busy"] == wanted, "{state}: {bitmap:?}");
         }
     }

@@ -1,6 +1,7 @@
 //! A disk's file: opened, measured and locked once at start; read by backups beside the guest; given another size by
 //! `block_resize`.
 
+use super::identity;
 use blkmark_backup::buffer::{ALIGNMENT, AlignedBuffer};
 use blkmark_backup::file_lock::{self, LockError, LockMode};
 use blkmark_backup::pulse::Pulse;
@@ -220,13 +221,16 @@ impl DiskFile {
     pub fn stamp(&self, boot: Uuid) -> io::Result<Stamp> {
         let stat = rustix::fs::fstat(&self.file)?;
         let time = |seconds: i64, nanoseconds: u64| i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds);
-        let (inode, changed, touched) = match self.device {
+        let (inode, changed, touched, name) = match self.device {
             // The node's times and number say nothing of what is on the device.
-            true => (0, 0, 0),
-            false => (stat.st_ino, time(stat.st_mtime, stat.st_mtime_nsec), time(stat.st_ctime, stat.st_ctime_nsec)),
+            true => {
+                let identity = identity::of(stat.st_rdev);
+                (identity.sequence, 0, 0, identity.name)
+            }
+            false => (stat.st_ino, time(stat.st_mtime, stat.st_mtime_nsec), time(stat.st_ctime, stat.st_ctime_nsec), 0),
         };
         let device = if self.device { stat.st_rdev } else { stat.st_dev };
-        Ok(Stamp { block_device: self.device, device, inode, size: self.size(), changed, touched, boot })
+        Ok(Stamp { block_device: self.device, device, inode, size: self.size(), changed, touched, boot, name })
     }
 
     /// Makes all completed writes durable, and the times of the file with them.

@@ -5,6 +5,7 @@
 
 mod engine;
 mod file;
+mod identity;
 
 pub use engine::{Completion, Engine, EngineError, Operation};
 pub use file::{DiskError, DiskFile, Medium, OpenOptions};

@@ -208,6 +208,9 @@ impl PopulateAction {
         };
         let frozen = stage.commit(disk).closing(frozen);
         let fresh = stage.has_made(disk, &self.name);
+        if fresh {
+            stage.draft(disk).await_fill(&self.name)?;
+        }
         self.populate = Some(Populate::new(Arc::clone(disk), self.name.clone(), frozen, pattern, self.mask, fresh));
         Ok(())
     }

@@ -616,7 +616,7 @@ impl Writer<'_> {
                 name: bitmap.name().to_owned(),
                 granularity: bitmap.layers().granularity(),
                 recording: bitmap.is_recording(),
-                inconsistent: bitmap.is_inconsistent(),
+                inconsistent: bitmap.is_inconsistent() || bitmap.unfilled,
                 layers,
                 frozen,
             });
