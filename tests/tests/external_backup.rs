@@ -169,6 +169,20 @@ fn the_commands_of_the_page_work_as_printed() -> Result<()> {
         ensure!(!regions.is_empty() && regions == mapped, "{regions:?} are not {mapped:?}");
         let b = qmp.bitmap("b", "daily")?;
         ensure!(frozen > 0 && b["frozen"] == false && b["count"].as_u64() >= Some(frozen), "{b}");
+        // Whatever differs from the layer was written since, or is being written.
+        let found: Value = serde_json::from_slice(&fs::read(lab.path("a-found.json"))?)?;
+        let layer = fs::read(images::restore(&layer)?)?;
+        let now = fs::read(lab.path("a.raw"))?;
+        let found = pairs(&found["dirty-regions"], "start", "count");
+        for cluster in 0..SIZE / 65536 {
+            let range = (cluster * 65536) as usize..((cluster + 1) * 65536) as usize;
+            let same = layer[range.clone()] == now[range.clone()];
+            let noted = found.iter().any(|(start, count)| (*start..start + count).contains(&(cluster * 65536)));
+            // The disk went on since the answer: the bitmap itself has to have it by now.
+            let bitmap = json!({ "node": "a", "name": "found", "offset": cluster * 65536, "limit": 1 });
+            let marked = qmp.run("query-block-dirty-bitmap", bitmap)?["dirty-regions"][0]["start"] == cluster * 65536;
+            ensure!(same || noted || marked, "cluster {cluster} differs and is not in the bitmap");
+        }
         let changes: Value = serde_json::from_slice(&fs::read(lab.path("a-tuesday.json"))?)?;
         ensure!(!pairs(&changes["dirty-regions"], "start", "count").is_empty(), "{changes}");
         ensure!(qmp.run("query-checkpoints", json!({}))? == json!([]));
