@@ -15,7 +15,7 @@ use crate::store::heat::Heat;
 use crate::store::keeper::{Failure, Keeper, State};
 use crate::sync::{MutexGuard, Ordering, lock};
 use crate::tracker::{Control, Hot, Tracker, View, no_store};
-use crate::units::{ByteRange, Granularity};
+use crate::units::ByteRange;
 use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
@@ -249,24 +249,25 @@ impl Commit<'_> {
         }
         let (old, new) = (&control.bitmaps, &self.draft);
         let keeper = control.keeper.as_mut().filter(|keeper| !keeper.has_failed());
-        // Until the new record is durable, the old one is in force: who records in either needs the marks.
-        let old_too = |old: Option<Granularity>| old.filter(|_| keeper.is_some());
-        let kept = old_too(old.kept_granularity()).is_some() || new.kept_granularity().is_some();
-        let recording = old_too(old.recording_granularity()).into_iter().chain(new.recording_granularity()).min();
+        // Until the new record is durable, the old one is in force, and a commit that any of its disks cannot store is taken
+        // back: who records in either state needs the marks, as far as the disk reaches in either.
+        let kept = old.kept_granularity().is_some() || new.kept_granularity().is_some();
+        let recording = old.recording_granularity().into_iter().chain(new.recording_granularity()).min();
+        let size = old.size().max(new.size());
         let (live, heat) = match (keeper, recording) {
             (Some(keeper), Some(granularity)) if kept => {
-                let map = match keeper.create_map(granularity, new.size(), control.generation + 1) {
+                let map = match keeper.create_map(granularity, size, control.generation + 1) {
                     Ok(map) => map,
                     Err(error) if ask => return Err(error),
                     // There is no giving up: what is marked from now on ends with the process, so nothing may rely on it.
                     Err(error) => {
                         self.lost = Some(error);
-                        Arc::new(LiveMap::new(granularity, new.size()))
+                        Arc::new(LiveMap::new(granularity, size))
                     }
                 };
                 (Some(map), Some(Arc::clone(&keeper.heat)))
             }
-            _ => (recording.map(|granularity| Arc::new(LiveMap::new(granularity, new.size()))), None),
+            _ => (recording.map(|granularity| Arc::new(LiveMap::new(granularity, size))), None),
         };
         Ok(Some(Next { began: live.clone(), live, heat }))
     }
@@ -361,7 +362,7 @@ impl Part<'_> {
     /// Marks that nobody needs any more are not made any more, and queries see the new state.
     fn finish(mut self) {
         let control = &mut *self.control;
-        if self.changed && control.keeper.is_some() && control.bitmaps.kept_granularity().is_none() {
+        if self.changed && control.bitmaps.kept_granularity().is_none() {
             let idle = control.bitmaps.recording_granularity().is_none();
             // If a queue thread is in the way, the marks go on for nothing.
             if let Ok((mut held, _)) = hold(&[&self.tracker.admission])

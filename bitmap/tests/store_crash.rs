@@ -256,6 +256,8 @@ struct World {
     resizing: Cell<bool>,
     faults: Faults,
     failed: Cell<bool>,
+    /// The log's thread has met an error of the table.
+    broken: Cell<bool>,
     busy: Cell<bool>,
     /// No queue is served any more.
     closing: Cell<bool>,
@@ -389,6 +391,7 @@ impl World {
             resizing: Cell::new(false),
             faults,
             failed: Cell::new(lossy),
+            broken: Cell::new(false),
             busy: Cell::new(false),
             logging: Cell::new(false),
             closing: Cell::new(false),
@@ -502,6 +505,7 @@ impl World {
             self.resume();
         } else {
             self.failed.set(true);
+            self.broken.set(true);
         }
     }
 
@@ -532,7 +536,7 @@ impl World {
     fn mend(&self) {
         if !self.held.borrow().is_empty() {
             self.busy.set(true);
-            if !self.tracker.serve_store() {
+            if self.broken.take() || !self.tracker.serve_store() {
                 self.failed.set(true);
                 self.busy.set(false);
                 self.tracker.distrust("the table failed");

@@ -18,6 +18,8 @@ const SIZE: u64 = 256 * MIB;
 /// What was written while each of the bitmaps recorded.
 const WRITTEN: [u64; 4] = [0, 33 * MIB, 40 * MIB, 255 * MIB];
 const AFTER: u64 = 100 * MIB;
+/// And in an extent that is still hot.
+const LAST: u64 = 200 * MIB;
 
 fn stamp() -> Stamp {
     Stamp { block_device: false, device: 1, inode: 2, size: SIZE, changed: 3, touched: 4, boot: Uuid::nil(), name: 0 }
@@ -68,6 +70,7 @@ fn store_of(disk: Stamp, clean: bool) -> (Files, Files) {
     write(&tracker, AFTER);
     tracker.cool();
     tracker.cool();
+    write(&tracker, LAST);
     if clean {
         tracker.close(disk).unwrap();
     }
@@ -85,7 +88,10 @@ fn look(files: Files, disk: Stamp, what: &str) -> usize {
         let lost = WRITTEN.iter().find(|offset| !bits.any(ByteRange::new(**offset, 1)));
         assert!(lost.is_none(), "{what}: {} lost {lost:?}", info.name);
         match info.name.as_str() {
-            "on" => assert!(info.recording && bits.any(ByteRange::new(AFTER, 1)), "{what}"),
+            "on" => {
+                let since = [AFTER, LAST].iter().all(|offset| bits.any(ByteRange::new(*offset, 1)));
+                assert!(info.recording && since, "{what}");
+            }
             "off" if !info.recording => assert_eq!(bits.set_bits(), WRITTEN.len() as u64, "{what}"),
             // Of before the command: wider.
             "off" => {}
