@@ -51,6 +51,12 @@ pub trait Source: Send + Sync {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    /// Whether it can be given that size at all; asked before anything follows. What it cannot know is left to `resize`.
+    fn may_resize(&self, size: u64) -> io::Result<()> {
+        let _ = size;
+        Ok(())
+    }
+
     /// The file or device behind it, where there is one.
     fn file_id(&self) -> Option<FileId>;
 

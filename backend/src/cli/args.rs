@@ -300,6 +300,9 @@ pub struct BackupArgs {
     /// Empty and reuse a file that is there already
     #[arg(long)]
     pub overwrite: bool,
+    /// Deflate what is written: smaller images, more processor time (qcow2 only)
+    #[arg(long)]
+    pub compress: bool,
     /// Bytes a second at most, a disk [default: no limit]
     #[arg(long, value_parser = size::parse_signed)]
     pub speed: Option<u64>,
@@ -354,6 +357,9 @@ impl BackupArgs {
         }
         if self.format == ImageFormat::Raw && !self.backings.is_empty() {
             return usage("a raw image cannot stand on a backing file");
+        }
+        if self.format == ImageFormat::Raw && self.compress {
+            return usage("a raw image cannot be compressed");
         }
         if self.kind != BackupKind::Full && self.format == ImageFormat::Raw && !self.existing {
             return usage(
@@ -504,6 +510,7 @@ mod tests {
             "top --disk a --target b --bitmap c",
             "full --disk a --target b --disk c --target d --job e",
             "full --disk a --target b --backing c --format raw",
+            "full --disk a --target b --compress --format raw",
             "incremental --disk a --target b --bitmap c --format raw",
             "incremental --disk a --target b --disk c --target d --bitmap e --backing f",
         ] {
@@ -511,6 +518,7 @@ mod tests {
         }
         for words in [
             "full --disk a --target b --bitmap c --speed 10M",
+            "full --disk a --target b --compress",
             "full --disk a --target b --format raw --max-guest-latency 500 --reflink",
             "incremental --disk a --target b --bitmap c --backing d",
             "incremental --disk a --target b --bitmap c --format raw --existing",

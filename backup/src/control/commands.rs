@@ -251,7 +251,10 @@ static DRIVE_BACKUP: Object = object(&[BACKUP, &[required("target", Str)], PATH]
 
 const PATH: &[Member] = &[optional("format", Str), optional("mode", Type::Enum(&["existing", "absolute-paths"]))];
 
-static RETRY: Object = object(&[&[required("id", Str), optional("target-node", Str), optional("target", Str)], PATH]);
+static RETRY: Object = object(&[
+    &[required("id", Str), optional("target-node", Str), optional("target", Str), optional("compress", Bool)],
+    PATH,
+]);
 
 // ---- populate
 

@@ -376,6 +376,7 @@ impl Jobs {
             key: entry.key,
             disk: Arc::clone(&held.node),
             destination: held.destination.clone(),
+            compress: held.compress,
         };
         entry.retrying = true;
         Ok(retry)
@@ -504,6 +505,8 @@ pub struct Retry {
     pub disk: Arc<Node>,
     /// Where the last try went.
     pub destination: Destination,
+    /// Whether it was to be compressed there.
+    pub compress: bool,
 }
 
 impl Drop for Retry {
@@ -538,6 +541,7 @@ impl Locked<'_> {
         &mut self,
         retry: &Retry,
         target: Arc<dyn Target>,
+        compress: bool,
         destination: Destination,
         claim: Option<Box<dyn Any + Send + Sync>>,
     ) {
@@ -545,7 +549,7 @@ impl Locked<'_> {
         let mut entry = self.inner.entries.remove(at);
         let Some(Held::Backup(held)) = entry.held.take() else { return };
         // A job of its own in all but its id: whoever watches sees `concluded` become `created`.
-        let work = Work::Backup(Backup { held: backup::Held { destination, claim, ..held }, target });
+        let work = Work::Backup(Backup { held: backup::Held { destination, claim, compress, ..held }, target });
         self.start(vec![NewJob { id: entry.reservation, settings: entry.settings, work }], false);
     }
 
