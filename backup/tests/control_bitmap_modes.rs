@@ -180,6 +180,25 @@ fn top_always() {
 }
 
 #[test]
+fn a_job_that_is_cancelled_when_all_is_copied_leaves_only_what_came_since() {
+    let lab = Lab::new(1);
+    let disk = &lab.disks[0];
+    lab.ok("block-dirty-bitmap-add", json!({ "node": "d0", "name": "b" }));
+    disk.dirty([1, 2, 9], 1);
+    lab.raw_target("t", 4 * MIB);
+    lab.ok(
+        "blockdev-backup",
+        json!({ "job-id": "j", "device": "d0", "target": "t", "sync": "bitmap", "bitmap": "b", "bitmap-mode": "always",
+                "auto-finalize": false }),
+    );
+    disk.dirty([9], 2);
+    lab.state("j", "pending");
+    lab.ok("job-cancel", json!({ "id": "j" }));
+    lab.state("j", "null");
+    assert_eq!(disk.dirty_clusters("b"), [9]);
+}
+
+#[test]
 fn a_disabled_bitmap_records_nothing_during_its_job() {
     for end in ["success", "cancel"] {
         let lab = Lab::new(1);

@@ -107,6 +107,7 @@ fn copy(byte: u8, taking: Taking, sharing: bool, keep: bool) -> (Vec<u8>, u64) {
     let image = Image { disk, taking, bytes: Mutex::new(vec![0; SIZE as usize]), taken: AtomicU64::new(0) };
     let control = CopyControl::default();
     control.set_sharing(sharing);
+    control.keep_account();
     let result = copy::run(&point, &point.clusters(), &image, &control, &|_, _| Action::Report);
     assert!(matches!(result, Ok::<(), CopyError>(())), "{result:?}");
     assert_eq!(control.progress(), (SIZE, SIZE), "counted once");

@@ -31,6 +31,8 @@ pub struct CopyControl {
     guest_latency: AtomicU64,
     /// Whether the target may take blocks from the disk.
     sharing: AtomicBool,
+    /// Whether somebody wants to know what was not copied.
+    accounting: AtomicBool,
 }
 
 impl Default for CopyControl {
@@ -50,6 +52,7 @@ impl Default for CopyControl {
             changed: Condvar::new(),
             guest_latency: AtomicU64::new(0),
             sharing: AtomicBool::new(false),
+            accounting: AtomicBool::new(false),
         }
     }
 }
@@ -110,7 +113,12 @@ impl CopyControl {
         flow.total += bytes;
     }
 
-    /// The clusters of the plan that did not get to the target; all of them if the copy never began.
+    /// Has a copy that begins later keep account of [`CopyControl::uncopied`], which takes a bit a cluster.
+    pub fn keep_account(&self) {
+        self.accounting.store(true, Ordering::Relaxed);
+    }
+
+    /// The clusters of the plan that did not get to the target; `None` if the copy never began, or nobody asked for an account.
     pub fn uncopied(&self) -> Option<Bits> {
         self.flow().uncopied.clone()
     }
@@ -142,6 +150,9 @@ impl CopyControl {
     pub(super) fn begin(&self, plan: &Bits, total: u64) {
         self.change(|flow| {
             flow.total = total;
+            if !self.accounting.load(Ordering::Relaxed) {
+                return;
+            }
             // Unlike a clone it leaves alone the memory of what is not in the plan.
             flow.uncopied = Some(plan.at(plan.granularity()));
         });

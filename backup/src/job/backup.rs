@@ -153,6 +153,9 @@ impl Backup {
         on_fatal: &dyn Fn(&io::Error),
     ) -> Outcome {
         let plan = self.held.point.clusters();
+        if self.mode() == Some(BitmapMode::Always) {
+            control.keep_account();
+        }
         let accepted = self.target.accept().map_err(|error| {
             on_fatal(&error);
             Failure::Error(os_text(&error))
@@ -165,13 +168,13 @@ impl Backup {
             Content::Overwritten => self.follow(control, on_error),
         });
         let result = copied.and_then(|()| self.conclude(on_fatal));
-        let kept = match &result {
-            Ok(()) => true,
+        let uncopied = match &result {
+            // All was copied, also if the job is told to end after all.
+            Ok(()) => Some(Bits::new(plan.granularity(), plan.size())),
             // What was copied is to count, so it has to be as durable as if it were all.
-            Err(_) if self.mode() == Some(BitmapMode::Always) => self.target.conclude().is_ok(),
-            Err(_) => false,
+            Err(_) if self.mode() == Some(BitmapMode::Always) && self.target.conclude().is_ok() => control.uncopied(),
+            Err(_) => None,
         };
-        let uncopied = if kept { control.uncopied() } else { None };
         Outcome { result, uncopied: uncopied.unwrap_or(plan) }
     }
 
