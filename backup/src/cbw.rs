@@ -12,7 +12,7 @@
 
 use crate::buffer::{AlignedBuffer, is_zero};
 use crate::point::Face;
-use crate::scratch::{Block, Scratch, ScratchError, ScratchSettings};
+use crate::scratch::{Block, Scratch, ScratchError};
 use crate::source::Source;
 use blkmark_bitmap::sync::{Condvar, Mutex, MutexGuard, Ordering, lock};
 use blkmark_bitmap::{ByteRange, Granularity, PreCut, Resume, Verdict};
@@ -45,6 +45,8 @@ pub(crate) struct Kept {
     face: Arc<Face>,
     pre_cut: Arc<PreCut>,
     pub(crate) index: BTreeMap<u64, Saved>,
+    /// How many of them were saved as a block, not as zeroes.
+    pub(crate) blocks: u64,
     pub(crate) broken: Option<Arc<ScratchError>>,
     /// It is disarmed; readers may go on with what is kept.
     pub(crate) ended: bool,
@@ -65,6 +67,8 @@ pub(crate) struct State {
     queue: VecDeque<u64>,
     /// Units that savers are reading at this moment.
     saving: Vec<ByteRange>,
+    /// What was kept for points that broke, to be given back by whoever may wait for scratch.
+    spent: Vec<BTreeMap<u64, Saved>>,
     next: u64,
     /// Points that exist, in force or not.
     users: usize,
@@ -123,12 +127,12 @@ pub struct Load {
 }
 
 impl CopyBeforeWrite {
-    /// For one point to begin with; [`CopyBeforeWrite::join`] lets in more.
+    /// For one point to begin with; [`CopyBeforeWrite::join`] lets in more. `scratch` makes one for blocks of so many bytes.
     pub(crate) fn create(
         disk: &str,
         source: Arc<dyn Source>,
         size: u64,
-        settings: &ScratchSettings,
+        scratch: impl FnOnce(u64) -> Scratch,
         cluster: Granularity,
     ) -> io::Result<Arc<Self>> {
         let unit = Granularity::new(UNIT).map_or(cluster, |unit| unit.min(cluster));
@@ -138,7 +142,7 @@ impl CopyBeforeWrite {
             source,
             size,
             unit,
-            scratch: Scratch::create(settings, unit.bytes())?,
+            scratch: scratch(unit.bytes()),
             state: Mutex::new(state),
             work: Condvar::new(),
             saved: Condvar::new(),
@@ -226,7 +230,8 @@ impl CopyBeforeWrite {
 
     /// A point came into force.
     pub(crate) fn enter(&self, face: Arc<Face>, pre_cut: Arc<PreCut>) {
-        let kept = Kept { pre_cut, index: BTreeMap::new(), broken: None, ended: false, face: Arc::clone(&face) };
+        let kept =
+            Kept { pre_cut, index: BTreeMap::new(), blocks: 0, broken: None, ended: false, face: Arc::clone(&face) };
         self.state().points.insert(face.key, kept);
         self.work.notify_all();
     }
@@ -263,10 +268,14 @@ impl CopyBeforeWrite {
     /// Blocks until there is work; `false`: until the end.
     fn wait_for_work(&self) -> bool {
         let mut state = self.state();
-        while !state.has_work() && !state.closed {
+        while !state.has_work() && state.spent.is_empty() && !state.closed {
             state = self.work.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner());
         }
-        !state.closed
+        let (spent, goes_on) = (std::mem::take(&mut state.spent), !state.closed);
+        drop(state);
+        // Gives its space back, which may take long where scratch hangs.
+        drop(spent);
+        goes_on
     }
 
     /// Makes the oldest held write admissible and lets it go. `buffer` has room for a unit. Answers whether there was
@@ -319,6 +328,7 @@ impl CopyBeforeWrite {
             for (key, _) in before.iter().filter(|(key, _)| after.contains(key)) {
                 if let Some(kept) = state.points.get_mut(key) {
                     kept.index.insert(unit.start(), saved.clone());
+                    kept.blocks += u64::from(saved.is_some());
                     kept.face.settle(unit);
                 }
             }
@@ -358,9 +368,11 @@ impl CopyBeforeWrite {
                 // Before any of its writes goes. Readers look for it after they have read.
                 kept.face.broken.store(true, Ordering::Release);
                 let index = std::mem::take(&mut kept.index);
+                // Not here: where scratch hangs, its blocks cannot be given back, and the writes have to go now.
+                state.spent.push(index);
                 let gone = take_held(&mut state, point);
                 drop(state);
-                drop(index);
+                self.work.notify_all();
                 self.saved.notify_all();
                 let_go(gone, Verdict::Again);
             }

@@ -1,7 +1,7 @@
 //! A node: one served disk as everything that runs over it sees it.
 
 use crate::cbw::{CopyBeforeWrite, Load};
-use crate::scratch::ScratchSettings;
+use crate::scratch::{Scratch, ScratchFiles, ScratchSettings};
 use crate::source::Source;
 use blkmark_bitmap::{Granularity, Tracker};
 use std::fmt;
@@ -68,9 +68,18 @@ impl Node {
         self.cbw.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
+    /// Makes the files that points in time of this disk keep old data in. May take as long as the file system likes.
+    pub fn open_scratch(&self) -> io::Result<ScratchFiles> {
+        ScratchFiles::open(&self.scratch)
+    }
+
     /// The copy-before-write that all points of this disk share, for one more point. `cluster` is what that point's
-    /// readers take.
-    pub(crate) fn copy_before_write(&self, cluster: Granularity) -> io::Result<Arc<CopyBeforeWrite>> {
+    /// readers take; `scratch` is taken if there is none yet, which touches no file system.
+    pub(crate) fn copy_before_write(
+        &self,
+        scratch: &mut Option<ScratchFiles>,
+        cluster: Granularity,
+    ) -> io::Result<Arc<CopyBeforeWrite>> {
         let mut shared = self.cbw();
         if let Some(cbw) = shared.upgrade()
             && cbw.unit() <= cluster
@@ -79,8 +88,12 @@ impl Node {
         {
             return Ok(cbw);
         }
+        let Some(files) = scratch.take() else {
+            return Err(io::Error::other("no scratch was made for it"));
+        };
+        let (source, size) = (Arc::clone(&self.source), self.tracker.size());
         let cbw =
-            CopyBeforeWrite::create(&self.id, Arc::clone(&self.source), self.tracker.size(), &self.scratch, cluster)?;
+            CopyBeforeWrite::create(&self.id, source, size, |unit| Scratch::new(files, &self.scratch, unit), cluster)?;
         *shared = Arc::downgrade(&cbw);
         Ok(cbw)
     }

@@ -10,16 +10,21 @@
 //! come meanwhile, so what was read is dropped and scratch counts. Both decide under one lock, and the reader leaves a
 //! unit open that a saver is just reading, for else a write could slip in under the saver's read.
 //!
-//! A point that is *kept* can be read again and again: its reader settles nothing, so every unit is saved on its first
-//! overwrite, and stays in scratch until the point is dropped.
+//! A point that is *kept* can be read again and again (`read`): its readers settle nothing, so every unit is saved on its
+//! first overwrite, and stays in scratch until the point is dropped.
+
+mod read;
+
+pub use read::{PointCost, PointSource};
 
 use crate::cbw::{CopyBeforeWrite, OnError, Saved, State};
 use crate::node::Node;
 use crate::pulse::Pulse;
-use crate::scratch::ScratchError;
-use crate::source::BlockStatus;
+use crate::scratch::{ScratchError, ScratchFiles};
+use crate::source::{BlockStatus, Source};
 use blkmark_bitmap::sync::{AtomicBool, Mutex, MutexGuard, Ordering, fence, lock};
 use blkmark_bitmap::{Bits, ByteRange, Frozen, Gate, Granularity, LiveMap, PreCut, Resume};
+use std::any::Any;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -112,20 +117,45 @@ pub struct Point {
     cluster: Granularity,
     keep: bool,
     pre_cut: Mutex<Option<Arc<PreCut>>>,
+    /// There if this is a reader's way to a point that belongs to somebody else.
+    view: Option<View>,
+}
+
+/// What makes a view of a point.
+struct View {
+    /// Whose drop ends the point.
+    of: Arc<Point>,
+    /// The clusters that the reader takes; all if there is none.
+    plan: Option<Bits>,
+    /// Goes when the reader is done.
+    lease: Mutex<Option<Box<dyn Any + Send + Sync>>>,
 }
 
 /// Points are told apart by number, which is never used again.
 static NEXT_KEY: AtomicU64 = AtomicU64::new(0);
 
 impl Point {
-    /// Makes ready what a commit then arms: everything that can fail happens here. Readers take whole clusters.
+    /// Makes ready what a commit then arms: everything that can fail happens here. Readers take whole clusters. Makes scratch,
+    /// so it may take as long as the file system likes; where others would wait for that, see [`Point::prepare_with`].
     pub fn prepare(
         node: &Arc<Node>,
         wanted: Wanted,
         cluster: Granularity,
         options: PointOptions,
     ) -> io::Result<Arc<Self>> {
-        let cbw = node.copy_before_write(cluster)?;
+        Self::prepare_with(node, &mut Some(node.open_scratch()?), wanted, cluster, options)
+    }
+
+    /// [`Point::prepare`] without a call to a file system. `scratch` is from [`Node::open_scratch`]; it is left to the caller if
+    /// the disk has one already.
+    pub fn prepare_with(
+        node: &Arc<Node>,
+        scratch: &mut Option<ScratchFiles>,
+        wanted: Wanted,
+        cluster: Granularity,
+        options: PointOptions,
+    ) -> io::Result<Arc<Self>> {
+        let cbw = node.copy_before_write(scratch, cluster)?;
         let face = Face {
             key: NEXT_KEY.fetch_add(1, std::sync::atomic::Ordering::Relaxed),
             wanted,
@@ -141,6 +171,7 @@ impl Point {
             cluster,
             keep: options.keep,
             pre_cut: Mutex::new(None),
+            view: None,
         }))
     }
 
@@ -157,6 +188,10 @@ impl Point {
 
     /// It is disarmed: lets go of whatever is still held. What is kept goes with the last reader.
     pub fn end(&self) {
+        if let Some(view) = &self.view {
+            drop(lock(&view.lease).take());
+            return;
+        }
         self.cbw.end(self.face.key);
     }
 
@@ -182,6 +217,9 @@ impl Point {
 
     /// All wanted clusters; to be asked after the commit.
     pub fn clusters(&self) -> Bits {
+        if let Some(plan) = self.view.as_ref().and_then(|view| view.plan.as_ref()) {
+            return plan.at(self.cluster);
+        }
         match &self.face.wanted {
             Wanted::All => Bits::full(self.cluster, self.size()),
             Wanted::Frozen(frozen) => frozen.bits().at(self.cluster),
@@ -246,6 +284,36 @@ impl Point {
             at = end;
         }
         Ok(())
+    }
+
+    /// Lets `carry` bring what the disk holds of `range`, which consists of whole wanted clusters, to where the caller wants it;
+    /// it answers whether it has. What was carried is as of the point in time, except for the units in the answer: a guest's
+    /// write may have come before they were carried, so what was carried of them is to be thrown away and taken with
+    /// [`Point::take`]. `None` if nothing was carried, or nothing of it counts.
+    ///
+    /// The order is that of `take`, with the same argument. A write to a unit that the point needs is submitted only after the unit
+    /// is in the index or settled, and only a reader of this range or a saver settles it. So if the unit is not in the index behind
+    /// the carrying, nothing was written to it before that look, and the disk held its value all the time. Whether the carrier
+    /// copies bytes or shares blocks makes no difference: it is over when it answers, and writes that come later do not reach what
+    /// it has made.
+    pub fn carry(
+        &self,
+        range: ByteRange,
+        carry: impl FnOnce(&dyn Source) -> bool,
+    ) -> Result<Option<Vec<ByteRange>>, PointError> {
+        self.wait_for_pre_cut(range);
+        {
+            // To carry what is in scratch already is of no use.
+            let state = self.readable()?;
+            if state.points[&self.face.key].index.range(range.start()..range.end()).next().is_some() {
+                return Ok(None);
+            }
+        }
+        if !carry(&*self.node.source) {
+            return Ok(None);
+        }
+        let saved = self.settle_read(range)?;
+        Ok(Some(saved.into_iter().map(|(unit, _)| unit).collect()))
     }
 
     /// The state, if the point is whole and in the books.
@@ -357,7 +425,11 @@ impl Gate for Point {
 
 impl Drop for Point {
     fn drop(&mut self) {
-        self.cbw.leave(self.face.key);
+        match &self.view {
+            // `of` does it, once the last view is gone.
+            Some(view) => debug_assert_eq!(view.of.face.key, self.face.key),
+            None => self.cbw.leave(self.face.key),
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 //! checksum, so what was damaged on the way is an error and not a backup.
 
 use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags};
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -77,6 +78,13 @@ struct Tiers {
     cap: u64,
 }
 
+/// What a scratch is made of: two nameless files. To open them may take as long as the file system likes, so that is done apart,
+/// where nobody waits for a lock.
+pub struct ScratchFiles {
+    memory: File,
+    file: File,
+}
+
 /// A disk's scratch: blocks of one size.
 pub struct Scratch {
     tiers: Arc<Tiers>,
@@ -91,18 +99,31 @@ pub struct Block {
     checksum: u32,
 }
 
-impl Scratch {
-    /// Makes both tiers, for blocks of `block` bytes. Errors name the directory.
-    pub fn create(settings: &ScratchSettings, block: u64) -> io::Result<Self> {
+impl ScratchFiles {
+    /// Makes them. Errors name the directory.
+    pub fn open(settings: &ScratchSettings) -> io::Result<Self> {
         let file = nameless(&settings.directory).map_err(|error| {
             let directory = settings.directory.display();
             io::Error::new(error.kind(), format!("Could not create scratch in '{directory}': {error}"))
         })?;
-        let memory: File = rustix::fs::memfd_create("blkmark-scratch", MemfdFlags::CLOEXEC)?.into();
+        let memory = rustix::fs::memfd_create("blkmark-scratch", MemfdFlags::CLOEXEC)?.into();
+        Ok(Self { memory, file })
+    }
+}
+
+impl fmt::Debug for ScratchFiles {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ScratchFiles").finish_non_exhaustive()
+    }
+}
+
+impl Scratch {
+    /// Both tiers, for blocks of `block` bytes. Touches no file system.
+    pub fn new(files: ScratchFiles, settings: &ScratchSettings, block: u64) -> Self {
         let tier = |file, cap, shares_space| Tier { file, cap, shares_space, space: Mutex::default() };
-        let memory = tier(memory, settings.memory.min(settings.cap), false);
-        let file = tier(file, settings.cap, true);
-        Ok(Self { tiers: Arc::new(Tiers { memory, file, block, cap: settings.cap }) })
+        let memory = tier(files.memory, settings.memory.min(settings.cap), false);
+        let file = tier(files.file, settings.cap, true);
+        Self { tiers: Arc::new(Tiers { memory, file, block, cap: settings.cap }) }
     }
 
     /// Bytes in use: of memory, and of the file.

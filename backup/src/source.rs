@@ -5,6 +5,7 @@
 
 use crate::pulse::Pulse;
 use std::io;
+use std::os::fd::BorrowedFd;
 
 /// Device and inode of what a source or target stores its bytes in, to refuse a backup of a disk onto itself.
 /// For a block device `device` is 0 and `inode` is its `st_rdev`.
@@ -52,6 +53,12 @@ pub trait Source: Send + Sync {
 
     /// The file or device behind it, where there is one.
     fn file_id(&self) -> Option<FileId>;
+
+    /// A file that holds the bytes of the disk one to one, for targets that take them without moving them through this
+    /// process. Only to be read from.
+    fn file(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 
     /// How the guest that uses the disk fares; `None` where nobody can tell.
     fn pulse(&self) -> Option<&Pulse> {

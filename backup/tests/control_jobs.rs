@@ -5,6 +5,7 @@ mod control_common;
 use control_common::*;
 use serde_json::{Value, json};
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 /// A lab with disk d0, full of ones, and target nodes t and u.
 fn lab() -> Lab {
@@ -61,7 +62,7 @@ fn queries_show_a_job_as_qemu_does() {
     );
     let block = json!({
         "type": "backup", "device": "j", "len": size, "offset": size, "busy": false, "paused": false, "speed": 0,
-        "io-status": "ok", "ready": false, "status": "pending", "auto-finalize": false, "auto-dismiss": false,
+        "max-guest-latency": 1000, "io-status": "ok", "ready": false, "status": "pending", "auto-finalize": false, "auto-dismiss": false,
     });
     assert_eq!(lab.ok("query-block-jobs", json!({})), json!([block]));
     lab.ok("job-finalize", json!({ "id": "j" }));
@@ -70,6 +71,67 @@ fn queries_show_a_job_as_qemu_does() {
     lab.ok("job-dismiss", json!({ "id": "j" }));
     assert_eq!(lab.told(), ["j:null"]);
     assert_eq!(lab.jobs(), json!([]));
+}
+
+#[test]
+fn what_the_guest_may_feel_can_be_changed_while_a_job_runs() {
+    let lab = lab();
+    let change = |id: &str, more: Value| {
+        let mut arguments = json!({ "id": id, "type": "backup", "max-guest-latency": 5 });
+        for (name, value) in more.as_object().unwrap() {
+            arguments[name] = value.clone();
+        }
+        arguments
+    };
+    assert_eq!(lab.err("block-job-change", change("j", json!({}))), "Block job 'j' not found");
+    start(&lab, "j", "t", json!({ "speed": 1, "max-guest-latency": 70 }));
+    let shown = || lab.ok("query-block-jobs", json!({}))[0]["max-guest-latency"].clone();
+    assert_eq!(shown(), 70);
+    for (more, error) in [
+        (json!({ "max-guest-latency": -1 }), "Parameter 'max-guest-latency' expects uint64"),
+        (json!({ "max-guest-latency": 3_600_000_001_u64 }), "max-guest-latency may be at most 3600000000 microseconds"),
+        (json!({ "type": "mirror" }), "Parameter 'type' does not accept value 'mirror'"),
+        (json!({ "speed": 1 }), "Parameter 'speed' is unexpected"),
+    ] {
+        assert_eq!(lab.err("block-job-change", change("j", more)), error);
+    }
+    assert_eq!(
+        lab.err("block-job-change", json!({ "id": "j", "type": "backup" })),
+        "Parameter 'max-guest-latency' is missing"
+    );
+    assert_eq!(shown(), 70);
+    for limit in [0, 3_600_000_000_u64, 250] {
+        lab.ok("block-job-change", change("j", json!({ "max-guest-latency": limit })));
+        assert_eq!(shown(), limit);
+    }
+    lab.ok("block-job-cancel", json!({ "device": "j" }));
+    lab.state("j", "null");
+}
+
+#[test]
+fn speed_bounds_what_comes_out_of_scratch_as_what_comes_from_the_disk() {
+    let lab = lab();
+    let instant = lab.disks[0].image();
+    start(&lab, "j", "t", json!({ "speed": 1 }));
+    let offset = || lab.ok("query-block-jobs", json!({}))[0]["offset"].as_u64().unwrap();
+    let until = |bytes: u64| {
+        let began = Instant::now();
+        while offset() < bytes && began.elapsed() < GIVE_UP {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // The next one is due in half a day.
+        assert_eq!(offset(), bytes);
+    };
+    until(CLUSTER);
+    // All that is left comes out of scratch from here on.
+    lab.disks[0].dirty(0..64, 2);
+    for more in 1..4 {
+        lab.ok("block-job-set-speed", json!({ "device": "j", "speed": 1 }));
+        until((more + 1) * CLUSTER);
+    }
+    lab.ok("block-job-set-speed", json!({ "device": "j", "speed": 0 }));
+    lab.state("j", "null");
+    assert_same(&std::fs::read(lab.path("t.raw")).unwrap(), &instant);
 }
 
 #[test]

@@ -208,6 +208,19 @@ fn take_holes_first(point: &Point, data: &mut [u8]) -> Result<(), PointError> {
     Ok(())
 }
 
+/// A target that takes each cluster from the disk by itself, and is told afterwards what came too late.
+fn carry_each(point: &Point, data: &mut [u8]) -> Result<(), PointError> {
+    for (i, part) in data.chunks_mut(CLUSTER as usize).enumerate() {
+        let range = ByteRange::new(i as u64 * CLUSTER, CLUSTER);
+        let carried = point.carry(range, |source| source.read_at(part, range.start()).is_ok())?;
+        for unit in carried.unwrap_or_else(|| vec![range]) {
+            let at = (unit.start() - range.start()) as usize;
+            point.take(unit, &mut part[at..at + unit.len() as usize])?;
+        }
+    }
+    Ok(())
+}
+
 /// Two clients, each with a sector in either cluster: a step in the first, waits, the same step in the second, waits.
 fn clients(scene: &Arc<Scene>) -> Vec<thread::JoinHandle<()>> {
     let client = |lane: usize| {
@@ -258,6 +271,16 @@ fn holes_are_holes_of_that_instant() {
 }
 
 #[test]
+fn an_image_that_the_target_takes_by_itself_is_of_one_instant() {
+    check(1 << 20, carry_each, false);
+}
+
+#[test]
+fn a_target_that_takes_from_a_broken_point_is_told() {
+    check(0, carry_each, true);
+}
+
+#[test]
 fn a_point_whose_scratch_is_full_says_so_and_the_guest_goes_on() {
     check(0, take_each, true);
 }
@@ -271,6 +294,7 @@ fn a_kept_point_gives_the_same_image_again() {
             let cut = Cut::make(&scene, true);
             let (savers, done) = savers(&cut.point, 2);
             let first = cut.image(take_holes_first).unwrap();
+            assert_eq!(cut.image(carry_each).unwrap(), first, "the point changed");
             clients.into_iter().for_each(|client| client.join().unwrap());
             assert_eq!(cut.image(take_all).unwrap(), first, "the point changed");
             cut.end(&scene);

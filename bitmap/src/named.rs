@@ -376,6 +376,13 @@ impl Draft {
         Ok(())
     }
 
+    /// The granularity of a bitmap whose bits stand still from the commit on: it is frozen (then those of the frozen set
+    /// do) or records nothing. `None` if they change with every write.
+    pub fn standing(&self, name: &str) -> Result<Option<Granularity>, BitmapError> {
+        let bitmap = &self.bitmaps[self.position(name)?];
+        Ok((bitmap.frozen.is_some() || !bitmap.recording).then(|| bitmap.layers.granularity()))
+    }
+
     /// Whether there is such a bitmap.
     pub fn has(&self, name: &str) -> bool {
         self.position(name).is_ok()

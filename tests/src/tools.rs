@@ -21,11 +21,15 @@ const PACKAGES: &[(&str, &str)] = &[
     ("mke2fs", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
     ("debugfs", "e2fsprogs"),
+    ("filefrag", "e2fsprogs"),
     ("modprobe", "kmod"),
     ("ldd", "libc-bin"),
     ("mount", "mount"),
     ("losetup", "mount"),
     ("setpriv", "util-linux"),
+    ("fsfreeze", "util-linux"),
+    ("mkfs.xfs", "xfsprogs"),
+    ("mkfs.btrfs", "btrfs-progs"),
 ];
 
 /// Where `tool` is, looked for in `PATH` and in the folders of system tools.

@@ -219,6 +219,12 @@ pub struct BackupArgs {
     /// Bytes a second at most, a disk [default: no limit]
     #[arg(long, value_parser = size::parse_signed)]
     pub speed: Option<u64>,
+    /// Leave room while the guest's requests take longer than this many microseconds; 0 does not look [default: 1000]
+    #[arg(long, value_name = "US")]
+    pub max_guest_latency: Option<u64>,
+    /// Share blocks with the disk where the file system can: a raw image beside a raw disk, on XFS or btrfs
+    #[arg(long)]
+    pub reflink: bool,
     /// If it fails, keep its point in time for `job retry`; until then the bitmap stays frozen
     #[arg(long)]
     pub keep: bool,
@@ -308,6 +314,15 @@ pub enum JobAction {
         /// Bytes a second; 0 is no limit
         #[arg(value_parser = size::parse_signed)]
         speed: u64,
+    },
+    /// Change what the guest may feel of a job
+    SetGuestLatency {
+        /// The job.
+        #[command(flatten)]
+        job: JobName,
+        /// The copy leaves room while the guest's requests take longer; 0: it does not look
+        #[arg(value_name = "MICROSECONDS")]
+        limit: u64,
     },
     /// Let a pending job conclude
     Finalize(JobName),
@@ -412,6 +427,7 @@ mod tests {
         }
         for words in [
             "full --disk a --target b --bitmap c --speed 10M",
+            "full --disk a --target b --format raw --max-guest-latency 500 --reflink",
             "incremental --disk a --target b --bitmap c --backing d",
             "incremental --disk a --target b --bitmap c --format raw --existing",
         ] {

@@ -82,6 +82,12 @@ fn drive_backup(args: &BackupArgs, disk: &str, job: &str, path: &Path, mode: &st
     if let Some(speed) = args.speed {
         arguments["speed"] = json!(speed);
     }
+    if let Some(limit) = args.max_guest_latency {
+        arguments["max-guest-latency"] = json!(limit);
+    }
+    if args.reflink {
+        arguments["x-perf"] = json!({ "use-copy-range": true });
+    }
     if args.keep {
         arguments["on-failure"] = json!("keep");
     }

@@ -21,6 +21,9 @@ pub(super) fn run(client: &mut Client, args: &JobArgs, output: &Output) -> Resul
         JobAction::Finalize(job) => ("job-finalize", named(job)),
         JobAction::Dismiss(job) => ("job-dismiss", named(job)),
         JobAction::Retry(args) => return retry(client, args, output),
+        JobAction::SetGuestLatency { job, limit } => {
+            ("block-job-change", json!({ "id": job.id, "type": "backup", "max-guest-latency": limit }))
+        }
         JobAction::SetSpeed { job, speed } => ("block-job-set-speed", json!({ "device": job.id, "speed": speed })),
     };
     output.done(&client.execute(command, arguments)?);

@@ -328,6 +328,10 @@ impl Source for DiskFile {
         Some(self.id)
     }
 
+    fn file(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
+    }
+
     fn pulse(&self) -> Option<&Pulse> {
         Some(&self.pulse)
     }

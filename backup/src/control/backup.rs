@@ -5,15 +5,19 @@
 
 use super::destination::{Destination, check_size};
 use super::options::{self, Perf};
+use super::points::{PointNode, PointUse};
 use super::transaction::{self, Action, Stage};
 use super::{Control, done};
 use crate::job::backup::Held;
 use crate::job::{
     Backup, BitmapMode, Content, Destination as Named, Hold, JobError, NewJob, OnFailure, Reservation, Settings,
 };
+use crate::node::Node;
 use crate::point::{Point, PointOptions, Wanted};
 use crate::qmp::{Arguments, QmpError};
-use blkmark_bitmap::Frozen;
+use crate::scratch::ScratchFiles;
+use crate::target::Target;
+use blkmark_bitmap::{Bits, Frozen, Granularity};
 use serde_json::Value;
 use std::sync::Arc;
 
@@ -61,7 +65,23 @@ pub(super) struct BackupAction {
     perf: Perf,
     destination: Destination,
     id: Option<Reservation>,
+    scratch: Option<ScratchFiles>,
     backup: Option<Backup>,
+    of_point: Option<OfPoint>,
+}
+
+/// What a backup of a point in time is made of.
+struct OfPoint {
+    node: Arc<PointNode>,
+    lease: PointUse,
+    cluster: Granularity,
+    target: Arc<dyn Target>,
+}
+
+impl std::fmt::Debug for OfPoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("OfPoint").field(&self.node).finish()
+    }
 }
 
 impl BackupAction {
@@ -84,8 +104,11 @@ impl BackupAction {
             perf: options::perf(arguments)?,
             destination: destination(arguments)?,
             id: None,
+            scratch: None,
             backup: None,
+            of_point: None,
         };
+        action.settings.sharing = action.perf.copy_range;
         action.point.keep = action.settings.on_failure == OnFailure::Keep;
         if action.point.keep && action.sync == SyncMode::None {
             return Err(QmpError::generic("on-failure 'keep' has no meaning with sync mode 'none'"));
@@ -101,47 +124,46 @@ impl BackupAction {
         Self::read(arguments, Destination::read_path)
     }
 
-    /// Whether [`BackupAction::open`] has something to do.
-    pub(super) fn opens_a_file(&self) -> bool {
-        self.destination.is_file()
+    /// Makes scratch, with no lock held: its file system may take its time. A point in time has its own already.
+    pub(super) fn open_scratch(&mut self, control: &Control) -> Result<(), QmpError> {
+        if control.point(&self.device).is_some() {
+            return Ok(());
+        }
+        let scratch = control.device(&self.device)?.open_scratch();
+        self.scratch = Some(scratch.map_err(|error| QmpError::generic(error.to_string()))?);
+        Ok(())
     }
 
     /// Opens or makes the file, with no lock held. What made no sense was refused before.
     pub(super) fn open(&mut self, control: &Control, overwrite: bool) -> Result<(), QmpError> {
-        let size = control.device(&self.device)?.tracker.size();
+        let size = match control.point(&self.device) {
+            Some(node) => node.point.size(),
+            None => control.device(&self.device)?.tracker.size(),
+        };
         self.destination.open(control, size, overwrite)
+    }
+
+    /// What of it was not needed, since the disk has scratch already.
+    pub(super) fn spare_scratch(&mut self) -> Option<ScratchFiles> {
+        self.scratch.take()
     }
 
     /// Checks all there is to check and takes what has to be taken; in a real walk, freezes and arms.
     pub(super) fn apply(&mut self, stage: &mut Stage<'_>) -> Result<(), QmpError> {
         let control = stage.control();
+        if let Some(node) = control.point(&self.device) {
+            return self.apply_to_point(stage, &node);
+        }
         let disk = control.device(&self.device)?;
         self.destination.check(control)?;
         let (sync, mode) = self.check_bitmap(stage)?;
-        let target = self.destination.take(control, disk)?;
-        if self.compress {
-            let name = target.as_ref().map_or_else(String::new, |target| target.name());
-            return Err(QmpError::generic(format!("Compression is not supported for this drive {name}")));
-        }
+        let target = self.take_target(control, disk)?;
         let frozen = match &self.bitmap {
             Some(bitmap) => Some(stage.draft(disk).freeze(bitmap)?),
             None => None,
         };
         let granularity = frozen.as_ref().filter(|_| sync == SyncMode::Bitmap).map(Frozen::granularity);
-        let cluster = self.perf.cluster(target.as_deref(), granularity)?;
-        if let Some(target) = &target {
-            check_size(&**target, disk)?;
-        }
-        if let Some(filter) = &self.filter {
-            control
-                .check_new_name(filter)
-                .map_err(|error| QmpError::generic(format!("Could not create node: {error}")))?;
-        }
-        if self.id.is_none() {
-            self.id = Some(control.jobs.reserve(self.job_id.as_deref().unwrap_or(&disk.id))?);
-        }
-        self.settings.speed = u64::try_from(self.speed).map_err(|_| JobError::Speed)?;
-
+        let cluster = self.check_job(control, disk, target.as_deref(), granularity)?;
         let (true, Some(target)) = (stage.real, target) else { return Ok(()) };
         let hold = match (&frozen, &self.bitmap, mode) {
             (Some(frozen), Some(bitmap), Some(mode)) => {
@@ -155,13 +177,86 @@ impl BackupAction {
             // A raw disk stands on nothing, so all of it is its top layer, as in QEMU.
             _ => Wanted::All,
         };
-        let point =
-            Point::prepare(disk, wanted, cluster, self.point).map_err(|error| QmpError::generic(error.to_string()))?;
+        let point = Point::prepare_with(disk, &mut self.scratch, wanted, cluster, self.point)
+            .map_err(|error| QmpError::generic(error.to_string()))?;
         commit.arm(point.gate());
         let content = if sync == SyncMode::None { Content::Overwritten } else { Content::Wanted };
         let destination = self.destination.named().clone();
         let held = Held { node: Arc::clone(disk), point, hold, destination, content, claim: None };
         self.backup = Some(Backup { held, target });
+        Ok(())
+    }
+
+    fn take_target(&mut self, control: &Control, disk: &Node) -> Result<Option<Arc<dyn Target>>, QmpError> {
+        let target = self.destination.take(control, disk)?;
+        if self.compress {
+            let name = target.as_ref().map_or_else(String::new, |target| target.name());
+            return Err(QmpError::generic(format!("Compression is not supported for this drive {name}")));
+        }
+        Ok(target)
+    }
+
+    /// The rest of what is checked, and the job's id. Answers the unit of copying.
+    fn check_job(
+        &mut self,
+        control: &Control,
+        disk: &Node,
+        target: Option<&dyn Target>,
+        granularity: Option<Granularity>,
+    ) -> Result<Granularity, QmpError> {
+        let cluster = self.perf.cluster(target, granularity)?;
+        if let Some(target) = target {
+            check_size(target, disk)?;
+        }
+        if let Some(filter) = &self.filter {
+            control
+                .check_new_name(filter)
+                .map_err(|error| QmpError::generic(format!("Could not create node: {error}")))?;
+        }
+        if self.id.is_none() {
+            self.id = Some(control.jobs.reserve(self.job_id.as_deref().unwrap_or(&self.device))?);
+        }
+        self.settings.speed = u64::try_from(self.speed).map_err(|_| JobError::Speed)?;
+        Ok(cluster)
+    }
+
+    /// The same where the device is a point in time: nothing is frozen or armed, since that was done when it was made.
+    fn apply_to_point(&mut self, stage: &mut Stage<'_>, node: &Arc<PointNode>) -> Result<(), QmpError> {
+        let control = stage.control();
+        let refuse = |text: String| Err(QmpError::generic(text));
+        self.destination.check(control)?;
+        let bitmap = match (self.sync, &self.bitmap, self.bitmap_mode) {
+            (SyncMode::None, ..) => {
+                return refuse("sync mode 'none' is of no use: a point in time does not change".into());
+            }
+            (SyncMode::Full | SyncMode::Top, None, None) => None,
+            (SyncMode::Bitmap, Some(bitmap), Some(BitmapMode::Never)) => Some(bitmap.clone()),
+            _ => {
+                return refuse(format!(
+                    "'{}' is a point in time: of it, all is copied (sync 'full'), or what a bitmap holds that stands \
+                     still (sync 'bitmap' with bitmap-mode 'never')",
+                    node.name
+                ));
+            }
+        };
+        let granularity = match &bitmap {
+            Some(bitmap) => {
+                let disk = control.device(&node.disk.id)?;
+                let Some(granularity) = stage.draft(disk).standing(bitmap)? else {
+                    return refuse(format!(
+                        "Bitmap '{bitmap}' changes with every write: freeze it, or take a copy that is disabled"
+                    ));
+                };
+                Some(granularity)
+            }
+            None => None,
+        };
+        let target = self.take_target(control, &node.disk)?;
+        let cluster = self.check_job(control, &node.disk, target.as_deref(), granularity)?;
+        if let (true, Some(target)) = (stage.real, target) {
+            let lease = node.take("block device is in use by block job: backup")?;
+            self.of_point = Some(OfPoint { node: Arc::clone(node), lease, cluster, target });
+        }
         Ok(())
     }
 
@@ -207,6 +302,21 @@ impl BackupAction {
 
     /// The job, once the commit is in force.
     pub(super) fn into_job(mut self) -> Option<NewJob> {
+        if let Some(OfPoint { node, lease, cluster, target }) = self.of_point.take() {
+            // It was there, and standing still, when the commit was made.
+            let bits =
+                |name: &String| node.disk.tracker.bits(name).unwrap_or_else(|_| Bits::full(cluster, node.point.size()));
+            let plan = self.bitmap.as_ref().map(bits);
+            let held = Held {
+                node: Arc::clone(&node.disk),
+                point: node.point.view(cluster, plan, Box::new(lease)),
+                hold: None,
+                destination: self.destination.named().clone(),
+                content: Content::Wanted,
+                claim: None,
+            };
+            self.backup = Some(Backup { held, target });
+        }
         let mut backup = self.backup?;
         backup.held.claim = self.destination.hand_over();
         Some(NewJob { id: self.id?, settings: self.settings, backup })

@@ -5,7 +5,7 @@
 //! `dirty-bitmap` for `incremental`; and dotted names of `blockdev-add`.
 
 use super::schema::{EMPTY, Member, Object, Type, object, optional, required};
-use super::{Control, backup, bitmaps, exports, jobs, nodes, objects, queries, resize, schema, transaction};
+use super::{Control, backup, bitmaps, exports, jobs, nodes, objects, points, queries, resize, schema, transaction};
 use crate::qmp::{Arguments, QmpError};
 use Type::{Bool, Int, Str};
 use serde_json::Value;
@@ -42,6 +42,7 @@ pub(super) static COMMANDS: &[Command] = &[
     order("block-export-add", exports::add, &EXPORT),
     order("block-export-del", exports::delete, &EXPORT_DEL),
     order("block-job-cancel", jobs::block_cancel, &object(&[JOB_DEVICE, &[optional("force", Bool)]])),
+    order("block-job-change", jobs::block_change, &JOB_CHANGE),
     order("block-job-complete", jobs::block_complete, &object(&[JOB_DEVICE])),
     order("block-job-dismiss", jobs::block_dismiss, &JOB),
     order("block-job-finalize", jobs::block_finalize, &JOB),
@@ -64,6 +65,8 @@ pub(super) static COMMANDS: &[Command] = &[
     order("nbd-server-stop", exports::stop, &EMPTY),
     order("object-add", objects::add, &OBJECT),
     order("object-del", objects::delete, &object(&[&[required("id", Str)]])),
+    order("point-add", points::add, &POINT_ADD),
+    order("point-remove", points::remove, &POINT_REMOVE),
     query("query-block", queries::block, &EMPTY, Type::Array(&Type::Object(&BLOCK_INFO))),
     query("query-block-exports", exports::query, &EMPTY, Type::Array(&Type::Object(&EXPORT_INFO))),
     query("query-block-jobs", jobs::query_block, &EMPTY, Type::Array(&Type::Object(&BLOCK_JOB_INFO))),
@@ -141,6 +144,14 @@ static BITMAP_OR_NAME: [Type; 2] = [Str, Type::Object(&BITMAP)];
 static BITMAP_MERGE: Object =
     object(&[&[required("node", Str), required("target", Str), required("bitmaps", BITMAPS)]]);
 
+// ---- points in time
+
+static POINT_ADD: Object = object(&[NAMED, &[optional("on-cbw-error", ON_CBW_ERROR), optional("cbw-timeout", Int)]]);
+
+static POINT_REMOVE: Object = object(&[&[required("name", Str)]]);
+
+const ON_CBW_ERROR: Type = Type::Enum(&["break-snapshot", "break-guest-write"]);
+
 // ---- jobs
 
 static JOB: Object = object(&[&[required("id", Str)]]);
@@ -148,6 +159,9 @@ static JOB: Object = object(&[&[required("id", Str)]]);
 const JOB_DEVICE: &[Member] = &[required("device", Str)];
 
 const JOB_TYPE: Type = Type::Enum(&["backup"]);
+
+static JOB_CHANGE: Object =
+    object(&[&[required("id", Str), required("type", JOB_TYPE), required("max-guest-latency", Int)]]);
 
 const JOB_STATUS: Type = Type::Enum(&[
     "undefined",
@@ -186,6 +200,7 @@ static BLOCK_JOB_INFO: Object = object(&[
     &[
         required("busy", Bool),
         required("paused", Bool),
+        required("max-guest-latency", Int),
         required("io-status", Type::Enum(&["ok", "failed", "nospace"])),
         required("ready", Bool),
         required("status", JOB_STATUS),
@@ -215,7 +230,7 @@ const BACKUP: &[Member] = &[
     optional("discard-source", Bool),
     Member { features: &["unstable"], ..optional("x-perf", Type::Object(&PERF)) },
     optional("on-failure", Type::Enum(&["reclaim", "keep"])),
-    optional("on-cbw-error", Type::Enum(&["break-snapshot", "break-guest-write"])),
+    optional("on-cbw-error", ON_CBW_ERROR),
     optional("cbw-timeout", Int),
     optional("max-guest-latency", Int),
 ];
@@ -255,6 +270,8 @@ static ACTION: Object = Object {
             "block-dirty-bitmap-enable",
             "block-dirty-bitmap-disable",
             "block-dirty-bitmap-merge",
+            "point-add",
+            "point-remove",
             "blockdev-backup",
             "drive-backup",
         ]),
@@ -269,6 +286,8 @@ static ACTION: Object = Object {
             ("block-dirty-bitmap-enable", &ON_BITMAP),
             ("block-dirty-bitmap-disable", &ON_BITMAP),
             ("block-dirty-bitmap-merge", &object(&[&[required("data", Type::Object(&BITMAP_MERGE))]])),
+            ("point-add", &object(&[&[required("data", Type::Object(&POINT_ADD))]])),
+            ("point-remove", &object(&[&[required("data", Type::Object(&POINT_REMOVE))]])),
             ("blockdev-backup", &object(&[&[required("data", Type::Object(&BLOCKDEV_BACKUP))]])),
             ("drive-backup", &object(&[&[required("data", Type::Object(&DRIVE_BACKUP))]])),
         ],
@@ -462,6 +481,16 @@ static NODE_INFO: Object = object(&[&[
         "scratch",
         Type::Object(&object(&[&[required("memory", Int), required("file", Int), required("held-writes", Int)]])),
     ),
+    optional("point", Type::Object(&POINT_INFO)),
+]]);
+
+static POINT_INFO: Object = object(&[&[
+    required("node", Str),
+    required("state", Type::Enum(&["whole", "broken"])),
+    required("overwritten", Int),
+    required("scratch", Int),
+    required("readers", Int),
+    optional("error", Str),
 ]]);
 
 static IMAGE_INFO: Object = object(&[&[

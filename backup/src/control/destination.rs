@@ -81,17 +81,12 @@ impl Destination {
         &self.named
     }
 
-    /// Whether [`Destination::open`] has something to do.
-    pub(super) fn is_file(&self) -> bool {
-        matches!(self.named, Named::Path { .. })
-    }
-
     /// What can be said before anything is taken or opened.
     pub(super) fn check(&self, control: &Control) -> Result<(), QmpError> {
         match &self.named {
             Named::Node(name) => match control.disk(name).is_some() || control.target_node(name).is_some() {
                 true => Ok(()),
-                false => Err(not_found(name)),
+                false => Err(control.if_point(name, "nothing is written to it").unwrap_or_else(|| not_found(name))),
             },
             Named::Path { format, .. } => {
                 // Whether one is needed is seen when the file is: nobody's file is looked at under the lock.

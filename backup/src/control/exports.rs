@@ -1,24 +1,24 @@
-//! Served disks exported over NBD, for backup software that pulls: the server and its exports, by QEMU's commands.
+//! Served disks and points in time exported over NBD, for backup software that pulls: the server and its exports, by
+//! QEMU's commands.
 //!
-//! There is at most one server. An export is read-only and shows the disk as it is at each read; each of its bitmaps shows the
-//! bits that it had when the export was added, so the bitmap itself stays free: it may be changed, removed, used by a
-//! job, and exported again.
+//! There is at most one server. An export is read-only and shows the disk as it is at each read, or as it was at the point in
+//! time; each of its bitmaps shows the bits that it had when the export was added, so the bitmap itself stays free: it may
+//! be changed, removed, used by a job, and exported again.
 //!
 //! Invariants: an export's disk keeps its size; ids and names of exports are unique, also of those that are on their way
 //! out; nobody waits for clients with the list locked, so that commands that only look always answer; after
 //! [`Exports::shut_down`] there is no server, and none comes.
 
-use super::{Control, done};
+use super::points::PointUse;
+use super::{Control, done, standing};
 use crate::job::well_formed;
 use crate::nbd::protocol::STRING_MAX;
-use crate::nbd::{
-    Address, BitmapExportError, ExportError, NbdServer, Removal, ServerError, ServerSettings, SourceExport,
-};
+use crate::nbd::{Address, ExportError, NbdServer, Removal, ServerError, ServerSettings, SourceExport};
 use crate::node::Node;
-use crate::qmp::arguments::StringOrObject;
+use crate::point::PointSource;
 use crate::qmp::{Arguments, BindError, Events, QmpError};
+use crate::source::Source;
 use crate::target::{self, Policy, os_text};
-use blkmark_bitmap::Bits;
 use serde_json::{Value, json};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -54,6 +54,15 @@ struct Exported {
     /// What NBD's clients call it.
     name: String,
     shutting_down: bool,
+    /// Of a point in time: the right to read it.
+    _point: Option<PointUse>,
+}
+
+/// What an export reads.
+struct Readable {
+    disk: Arc<Node>,
+    source: Arc<dyn Source>,
+    point: Option<PointUse>,
 }
 
 impl Exports {
@@ -205,14 +214,6 @@ fn not_running() -> QmpError {
 
 // ---- exports
 
-/// A bitmap that goes with an export, as the client named it.
-enum Wanted {
-    /// Of the exported disk.
-    Own(String),
-    /// Of any disk of that size.
-    Of { node: String, name: String },
-}
-
 pub(super) fn add(control: &Control, mut arguments: Arguments) -> Result<Value, QmpError> {
     arguments.choice("type", &[("nbd", ())])?;
     let id = arguments.string("id")?;
@@ -225,7 +226,7 @@ pub(super) fn add(control: &Control, mut arguments: Arguments) -> Result<Value, 
     arguments.opt_bool("allow-inactive")?;
     let name = arguments.opt_string("name")?.unwrap_or_else(|| node.clone());
     let description = arguments.opt_string("description")?.unwrap_or_default();
-    let bitmaps = bitmaps(&mut arguments)?;
+    let bitmaps = standing::read(&mut arguments)?;
     let depth = arguments.opt_bool("allocation-depth")?.unwrap_or(false);
     arguments.finish()?;
 
@@ -233,8 +234,8 @@ pub(super) fn add(control: &Control, mut arguments: Arguments) -> Result<Value, 
         return Err(QmpError::generic("Invalid block export id"));
     }
     check_id(&control.exports.state(), &id)?;
-    let disk = control.exported_disk(&node)?;
-    if writable && disk.read_only {
+    let Readable { disk, source, point } = control.exported(&node, &id)?;
+    if writable && (disk.read_only || point.is_some()) {
         return Err(QmpError::generic("Cannot export read-only node as writable"));
     }
     if writable {
@@ -256,27 +257,14 @@ pub(super) fn add(control: &Control, mut arguments: Arguments) -> Result<Value, 
             return Err(QmpError::generic(format!("{what} '{text}' too long")));
         }
     }
-    let bits = control.standing(disk, bitmaps)?;
-    let export = SourceExport::new(Arc::clone(&disk.source), bits);
+    let bits = control.standing(&disk, bitmaps)?;
+    let export = SourceExport::new(source, bits);
     let mut state = control.exports.state();
     check_id(&state, &id)?;
     let server = check_server(&state, &name)?;
     server.add(&name, Arc::new(export), &description).map_err(|error| QmpError::generic(error.to_string()))?;
-    state.exports.insert(0, Exported { id, node: disk.id.clone(), name, shutting_down: false });
+    state.exports.insert(0, Exported { id, node, name, shutting_down: false, _point: point });
     done()
-}
-
-fn bitmaps(arguments: &mut Arguments) -> Result<Vec<Wanted>, QmpError> {
-    let elements = arguments.opt_list("bitmaps")?.unwrap_or_default();
-    let read = |element: crate::qmp::arguments::Element| match element.string_or_object("BlockDirtyBitmapOrStr")? {
-        StringOrObject::String(name) => Ok(Wanted::Own(name)),
-        StringOrObject::Object(mut members) => {
-            let wanted = Wanted::Of { node: members.string("node")?, name: members.string("name")? };
-            members.finish()?;
-            Ok(wanted)
-        }
-    };
-    elements.into_iter().map(read).collect()
 }
 
 fn check_id(state: &State, id: &str) -> Result<(), QmpError> {
@@ -295,46 +283,20 @@ fn check_server(state: &State, name: &str) -> Result<Arc<NbdServer>, QmpError> {
 }
 
 impl Control {
-    fn exported_disk(&self, name: &str) -> Result<&Arc<Node>, QmpError> {
-        self.disk(name).ok_or_else(|| match self.target_node(name) {
+    /// A disk, or a point in time, which export `id` reads from now on.
+    fn exported(&self, name: &str, id: &str) -> Result<Readable, QmpError> {
+        if let Some(disk) = self.disk(name) {
+            return Ok(Readable { disk: Arc::clone(disk), source: Arc::clone(&disk.source), point: None });
+        }
+        if let Some(node) = self.point(name) {
+            let point = Some(node.take(format!("it is exported as '{id}'"))?);
+            let source = Arc::new(PointSource::new(Arc::clone(&node.point)));
+            return Ok(Readable { disk: Arc::clone(&node.disk), source, point });
+        }
+        Err(match self.target_node(name) {
             Some(_) => QmpError::generic(format!("Node '{name}' is a target: only served disks are exported")),
             None => QmpError::generic(format!("Cannot find device='' nor node-name='{name}'")),
         })
-    }
-
-    /// The bits of bitmaps at one instant.
-    fn standing(&self, disk: &Arc<Node>, wanted: Vec<Wanted>) -> Result<Vec<(String, Bits)>, QmpError> {
-        let size = disk.tracker.size();
-        let mut found: Vec<(String, String, Bits)> = Vec::new();
-        let _no_commits = self.jobs.lock();
-        for wanted in wanted {
-            let (node, name, own) = match wanted {
-                Wanted::Own(name) => (disk, name, true),
-                Wanted::Of { node, name } => (self.bitmap_node(&node)?, name, false),
-            };
-            let bits = SourceExport::standing_bits(node, &name).map_err(|error| match error {
-                BitmapExportError::NotFound(name) if !own => {
-                    QmpError::generic(format!("Dirty bitmap '{name}' not found"))
-                }
-                error => QmpError::generic(error.to_string()),
-            })?;
-            if bits.size() != size {
-                return Err(QmpError::generic(format!(
-                    "Bitmap '{name}' of node '{}' is of another size than node '{}'",
-                    node.id, disk.id
-                )));
-            }
-            match found.iter().find(|(_, other, _)| *other == name) {
-                // Named twice.
-                Some((owner, ..)) if *owner == node.id => {}
-                Some((owner, ..)) => {
-                    let text = format!("Bitmap '{name}' is named of node '{owner}' and of node '{}'", node.id);
-                    return Err(QmpError::generic(text));
-                }
-                None => found.push((node.id.clone(), name, bits)),
-            }
-        }
-        Ok(found.into_iter().map(|(_, name, bits)| (name, bits)).collect())
     }
 }
 

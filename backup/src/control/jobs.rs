@@ -2,7 +2,7 @@
 //!
 //! They differ in how they call a job that is not there, and in that `block-job-cancel` spares a paused job.
 
-use super::{Control, done};
+use super::{Control, done, options};
 use crate::job::{JobError, Jobs};
 use crate::qmp::{Arguments, QmpError};
 use serde_json::Value;
@@ -99,6 +99,17 @@ pub(super) fn block_set_speed(control: &Control, mut arguments: Arguments) -> An
     let speed = arguments.i64("speed")?;
     arguments.finish()?;
     control.jobs.set_speed(&id, speed).map_err(|error| block_error(&id, error))?;
+    done()
+}
+
+/// `block-job-change`, which QEMU has for its mirror jobs.
+pub(super) fn block_change(control: &Control, mut arguments: Arguments) -> Answer {
+    let id = arguments.string("id")?;
+    arguments.choice("type", &[("backup", ())])?;
+    let latency = options::guest_latency(&mut arguments)?;
+    let limit = latency.ok_or_else(|| arguments.missing("max-guest-latency"))?;
+    arguments.finish()?;
+    control.jobs.set_guest_latency(&id, limit).map_err(|error| block_error(&id, error))?;
     done()
 }
 

@@ -4,7 +4,8 @@
 //! anything; one that is refused leaves nothing behind. Rooms: `commands` (which there are, and what they look like),
 //! `schema` (to tell it), `options` (members that several commands share), `nodes` (disks, and targets as nodes), `bitmaps`,
 //! `backup`, `transaction` (through which every change of bitmaps and every backup goes, alone or with others), `jobs`,
-//! `queries`, `resize`, `exports` (disks over NBD), `objects` (credentials).
+//! `queries`, `resize`, `points` (points in time as nodes), `exports` (disks and points over NBD) with
+//! `standing` (the bits of bitmaps that go with them), `objects` (credentials).
 //!
 //! Invariant: every change of bitmaps or gates is one commit, made under the lock of the job registry; files are opened
 //! and created before that lock is taken.
@@ -19,9 +20,11 @@ mod jobs;
 mod nodes;
 mod objects;
 mod options;
+mod points;
 mod queries;
 mod resize;
 mod schema;
+mod standing;
 mod transaction;
 
 use crate::job::{JobError, Jobs};
@@ -33,6 +36,7 @@ use commands::COMMANDS;
 use exports::Exports;
 use nodes::TargetNode;
 use objects::Objects;
+use points::Points;
 use serde_json::{Map, Value, json};
 use std::fmt;
 use std::path::PathBuf;
@@ -52,6 +56,7 @@ pub struct Control {
     targets: Mutex<Vec<Arc<TargetNode>>>,
     jobs: Arc<Jobs>,
     exports: Exports,
+    points: Points,
     objects: Objects,
     events: Events,
     settings: Settings,
@@ -66,17 +71,19 @@ impl Control {
             targets: Mutex::default(),
             jobs,
             exports: Exports::default(),
+            points: Points::default(),
             objects: Objects::default(),
             events,
             settings,
         })
     }
 
-    /// Ends the exports, and cancels all jobs; returns when they are over, their bitmaps reclaimed and their points gone. No
-    /// job and no server starts any more; everything else still answers.
+    /// Ends the exports, cancels all jobs, and drops all points in time; returns when they are over and their bitmaps
+    /// reclaimed. No job, no point and no server comes any more; everything else still answers.
     pub fn shutdown(&self) {
         self.exports.shut_down(&self.events);
         self.jobs.shut_down();
+        self.points.shut_down(self.jobs.lock());
     }
 
     /// The jobs, for those who watch them in this process.

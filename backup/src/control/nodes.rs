@@ -142,15 +142,24 @@ impl Control {
     pub(super) fn device(&self, name: &str) -> Result<&Arc<Node>, QmpError> {
         self.disk(name).ok_or_else(|| match self.target_node(name) {
             Some(_) => not_served(name),
-            None => not_found(name),
+            None => self.if_point(name, "bitmaps and points are of served disks").unwrap_or_else(|| not_found(name)),
         })
+    }
+
+    /// What is wrong with naming a point in time, if that was done.
+    pub(super) fn if_point(&self, name: &str, why: &str) -> Option<QmpError> {
+        let is_point = self.point(name).is_some();
+        is_point.then(|| QmpError::generic(format!("Node '{name}' is a point in time: {why}")))
     }
 
     /// The disk whose bitmap is meant.
     pub(super) fn bitmap_node(&self, name: &str) -> Result<&Arc<Node>, QmpError> {
         self.disk(name).ok_or_else(|| match self.target_node(name) {
             Some(_) => not_served(name),
-            None => QmpError::generic(format!("Node '{name}' not found")),
+            None => {
+                let point = self.if_point(name, "bitmaps are of served disks");
+                point.unwrap_or_else(|| QmpError::generic(format!("Node '{name}' not found")))
+            }
         })
     }
 
@@ -160,10 +169,19 @@ impl Control {
 
     /// Refused unless a node may have this name.
     pub(super) fn check_new_name(&self, name: &str) -> Result<(), QmpError> {
+        self.check_node_name(name)?;
+        if self.target_node(name).is_some() || self.points.has(name) {
+            return Err(QmpError::generic(format!("Duplicate nodes with node-name='{name}'")));
+        }
+        Ok(())
+    }
+
+    /// Refused unless a node that comes and goes may have this name, if no other such node has it.
+    pub(super) fn check_node_name(&self, name: &str) -> Result<(), QmpError> {
         if !well_formed(name) {
             return Err(QmpError::generic(format!("Invalid node-name: '{name}'")));
         }
-        if self.disk(name).is_some() || self.target_node(name).is_some() {
+        if self.disk(name).is_some() {
             return Err(QmpError::generic(format!("Duplicate nodes with node-name='{name}'")));
         }
         if name.len() > NAME_MAX {
@@ -223,7 +241,9 @@ pub(super) fn add(control: &Control, arguments: Arguments) -> Result<Value, QmpE
         let mut targets = control.targets();
         let names = || made.iter().map(|node: &Arc<TargetNode>| node.name.clone()).filter(|name| !name.is_empty());
         let taken = names().find(|name| {
-            targets.iter().any(|node| node.name == *name) || names().filter(|other| other == name).count() > 1
+            targets.iter().any(|node| node.name == *name)
+                || control.points.has(name)
+                || names().filter(|other| other == name).count() > 1
         });
         match taken {
             None => {
@@ -277,7 +297,7 @@ fn make(
         FileOf::Named(below) => {
             let child = control.target_node(&below).ok_or_else(|| match control.disk(&below) {
                 Some(_) => QmpError::generic(format!("Node '{below}' is busy: it is served to a guest")),
-                None => not_found(&below),
+                None => control.if_point(&below, "nothing stands on it").unwrap_or_else(|| not_found(&below)),
             })?;
             if !is_protocol(child.driver) {
                 return Err(stacked());
@@ -366,6 +386,9 @@ pub(super) fn delete(control: &Control, mut arguments: Arguments) -> Result<Valu
     let Some(position) = targets.iter().position(|node| node.name == name) else {
         return Err(match control.disk(&name) {
             Some(_) => QmpError::generic(format!("Node {name} is in use")),
+            None if control.points.has(&name) => {
+                QmpError::generic(format!("Node '{name}' is a point in time: point-remove drops it"))
+            }
             None => QmpError::generic(format!("Failed to find node with node-name='{name}'")),
         });
     };

@@ -181,7 +181,8 @@ pub(super) fn job_settings(arguments: &mut Arguments) -> Result<Settings, QmpErr
         on_target_error: arguments.opt_choice("on-target-error", ON_ERRORS)?.unwrap_or_default(),
         auto_finalize: arguments.opt_bool("auto-finalize")?.unwrap_or(true),
         auto_dismiss: arguments.opt_bool("auto-dismiss")?.unwrap_or(true),
-        guest_latency: guest_latency(arguments)?,
+        guest_latency: guest_latency(arguments)?.unwrap_or(GUEST_LATENCY),
+        sharing: false,
         on_failure: arguments
             .opt_choice("on-failure", &[("reclaim", OnFailure::Reclaim), ("keep", OnFailure::Keep)])?
             .unwrap_or_default(),
@@ -205,12 +206,12 @@ pub(super) fn point_options(arguments: &mut Arguments) -> Result<PointOptions, Q
 }
 
 /// Reads `max-guest-latency`, in microseconds: what the copy leaves of the disk to the guest. 0: the copy does not look.
-fn guest_latency(arguments: &mut Arguments) -> Result<Duration, QmpError> {
+pub(super) fn guest_latency(arguments: &mut Arguments) -> Result<Option<Duration>, QmpError> {
     /// An hour; a longer limit is a mistake.
     const MOST: u64 = 3_600_000_000;
     match arguments.opt_u64("max-guest-latency")? {
-        None => Ok(GUEST_LATENCY),
-        Some(micros) if micros <= MOST => Ok(Duration::from_micros(micros)),
+        None => Ok(None),
+        Some(micros) if micros <= MOST => Ok(Some(Duration::from_micros(micros))),
         Some(_) => Err(QmpError::generic(format!("max-guest-latency may be at most {MOST} microseconds"))),
     }
 }
@@ -227,6 +228,8 @@ pub(super) struct Perf {
     max_workers: Option<i64>,
     max_chunk: i64,
     min_cluster: u64,
+    /// Whether the target may take blocks from the disk's file.
+    pub(super) copy_range: bool,
 }
 
 /// Reads `discard-source` and `x-perf`.
@@ -235,8 +238,9 @@ pub(super) fn perf(arguments: &mut Arguments) -> Result<Perf, QmpError> {
         return Err(QmpError::generic("discard-source is not supported: the source is a guest's disk"));
     }
     let Some(mut members) = arguments.opt_object("x-perf")? else { return Ok(Perf::default()) };
-    members.opt_bool("use-copy-range")?;
+    let copy_range = members.opt_bool("use-copy-range")?.unwrap_or(false);
     let perf = Perf {
+        copy_range,
         max_workers: members.opt_i64("max-workers")?,
         max_chunk: members.opt_i64("max-chunk")?.unwrap_or(0),
         min_cluster: members.opt_u64("min-cluster-size")?.unwrap_or(0),

@@ -2,6 +2,7 @@
 
 use super::commands::{COMMANDS, NEGOTIATION};
 use super::nodes::TargetNode;
+use super::points::PointNode;
 use super::{Control, done};
 use crate::node::Node;
 use crate::qmp::{Arguments, QmpError, version as qmp_version};
@@ -51,7 +52,16 @@ pub(super) fn named_block_nodes(control: &Control, mut arguments: Arguments) -> 
     arguments.finish()?;
     let targets: Vec<_> = control.targets().clone();
     let targets = targets.iter().filter(|node| !node.name.is_empty()).map(|node| target_info(node));
-    Ok(control.disks.iter().map(|disk| disk_info(disk)).chain(targets).collect())
+    let points = control.points.list();
+    let points = points.iter().map(|node| point_info(node));
+    Ok(control.disks.iter().map(|disk| disk_info(disk)).chain(points).chain(targets).collect())
+}
+
+/// The driver is called as in QEMU: what gives a disk as of an instant.
+fn point_info(node: &PointNode) -> Value {
+    let mut info = node_info(&node.name, "snapshot-access", &node.disk.path, true, Some(node.point.size()));
+    info.insert("point".into(), node.info());
+    info.into()
 }
 
 fn disk_info(disk: &Node) -> Value {

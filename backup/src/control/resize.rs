@@ -116,6 +116,9 @@ fn resize(control: &Control, disk: &Node, size: u64) -> Result<(), QmpError> {
 /// The bitmaps, and the bound of what is admitted, get the new size; or it is only seen whether they could.
 fn follow(control: &Control, disk: &Node, size: u64, real: bool) -> Result<Option<Cut>, QmpError> {
     let mut locked = control.jobs.lock();
+    if let Some(point) = control.points.of(&disk.id) {
+        return Err(QmpError::generic(format!("Node '{}' is busy: '{point}' is a point in time of it", disk.id)));
+    }
     let mut commit = disk.tracker.begin();
     if commit.is_gated() {
         return Err(QmpError::generic(format!(

@@ -1,12 +1,13 @@
 //! Transactions: any number of actions, in force at one instant, or not at all.
 //!
-//! The actions are walked in order, each on the drafts that those before it left. If files have to be opened or made,
-//! there are two walks: the first only checks, so that a transaction that cannot succeed touches no file; then the files
-//! are opened, with no lock held; the second one is for real and ends in the commit. Whatever fails on the way, all that
+//! The actions are walked in order, each on the drafts that those before it left. If there are backups or points in time, which need files,
+//! there are two walks: the first only checks, so that a transaction that cannot succeed touches no file; then scratch and
+//! targets are opened, with no lock held; the second one is for real and ends in the commit. Whatever fails on the way, all that
 //! was prepared is dropped, and dropping undoes it: drafts, frozen sets, points, claims, reservations, files made.
 
 use super::backup::BackupAction;
 use super::bitmaps::BitmapAction;
+use super::points::{self, PointAction};
 use super::{Control, done};
 use crate::job::{Locked, NewJob};
 use crate::node::Node;
@@ -23,6 +24,8 @@ pub(super) enum Action {
     Abort,
     /// A bitmap operation.
     Bitmap(BitmapAction),
+    /// A point in time that is made or dropped.
+    Point(Box<PointAction>),
     /// A backup job.
     Backup(Box<BackupAction>),
 }
@@ -33,12 +36,14 @@ pub(super) struct Stage<'a> {
     commits: Vec<(&'a Arc<Node>, Commit<'a>)>,
     /// Whether this walk ends in the commit.
     pub(super) real: bool,
+    /// Names of points that the actions so far remove.
+    pub(super) removed: Vec<String>,
 }
 
 impl<'a> Stage<'a> {
     /// Only while the job registry is locked: that is what keeps two stages apart.
     fn new(control: &'a Control, _locked: &Locked<'_>, real: bool) -> Self {
-        Self { control, commits: Vec::new(), real }
+        Self { control, commits: Vec::new(), real, removed: Vec::new() }
     }
 
     pub(super) fn control(&self) -> &'a Control {
@@ -72,6 +77,7 @@ impl Action {
         Ok(match kind {
             Kind::Abort => Action::Abort,
             Kind::Bitmap(read) => Action::Bitmap(read(data)?),
+            Kind::Point(read) => Action::Point(Box::new(read(data)?)),
             Kind::Backup(read) => Action::Backup(Box::new(read(data)?)),
         })
     }
@@ -81,6 +87,7 @@ impl Action {
 enum Kind {
     Abort,
     Bitmap(fn(&mut Arguments) -> Result<BitmapAction, QmpError>),
+    Point(fn(&mut Arguments) -> Result<PointAction, QmpError>),
     Backup(fn(&mut Arguments) -> Result<BackupAction, QmpError>),
 }
 
@@ -93,6 +100,8 @@ const KINDS: &[(&str, Kind)] = &[
     ("block-dirty-bitmap-enable", Kind::Bitmap(BitmapAction::read_enable)),
     ("block-dirty-bitmap-disable", Kind::Bitmap(BitmapAction::read_disable)),
     ("block-dirty-bitmap-merge", Kind::Bitmap(BitmapAction::read_merge)),
+    ("point-add", Kind::Point(PointAction::read_add)),
+    ("point-remove", Kind::Point(PointAction::read_remove)),
     ("blockdev-backup", Kind::Backup(BackupAction::read_blockdev)),
     ("drive-backup", Kind::Backup(BackupAction::read_drive)),
 ];
@@ -126,10 +135,17 @@ pub(super) fn transaction(control: &Control, mut arguments: Arguments) -> Result
 
 /// Does all of `actions`, or nothing.
 pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) -> Result<(), QmpError> {
-    if actions.iter().any(|action| matches!(action, Action::Backup(backup) if backup.opens_a_file())) {
+    if actions.iter().any(|action| matches!(action, Action::Backup(_) | Action::Point(_))) {
         let locked = control.jobs.lock();
         walk(&mut Stage::new(control, &locked, false), &locked, &mut actions)?;
         drop(locked);
+        for action in &mut actions {
+            match action {
+                Action::Backup(backup) => backup.open_scratch(control)?,
+                Action::Point(point) => point.open_scratch(control)?,
+                Action::Abort | Action::Bitmap(_) => {}
+            }
+        }
         for overwrite in [false, true] {
             for action in &mut actions {
                 if let Action::Backup(backup) = action {
@@ -138,26 +154,37 @@ pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) ->
             }
         }
     }
+    // Closed when the lock is free again.
+    let mut spare = Vec::new();
     let mut locked = control.jobs.lock();
     let mut stage = Stage::new(control, &locked, true);
     walk(&mut stage, &locked, &mut actions)?;
     let (disks, commits): (Vec<_>, Vec<_>) = stage.commits.into_iter().unzip();
     let cuts = locked.commit(commits).map_err(|error| QmpError::generic(error.to_string()))?;
     // From here on there is no way back, and nothing that could fail but a job.
-    let new: Vec<NewJob> = actions
-        .into_iter()
-        .filter_map(|action| match action {
-            Action::Backup(backup) => backup.into_job(),
-            Action::Abort | Action::Bitmap(_) => None,
-        })
-        .collect();
-    for job in &new {
-        let held = &job.backup.held;
-        let cut = disks.iter().zip(&cuts).find(|(disk, _)| Arc::ptr_eq(disk, &held.node));
-        let Some((_, cut)) = cut else { unreachable!("a backup's disk is in the commit that armed its gate") };
-        held.point.begin(Arc::clone(&cut.pre_cut));
+    for action in &mut actions {
+        match action {
+            Action::Backup(backup) => spare.push(backup.spare_scratch()),
+            Action::Point(point) => spare.push(point.spare_scratch()),
+            Action::Abort | Action::Bitmap(_) => {}
+        }
+    }
+    let cut_of = points::cut_of(&disks, &cuts);
+    let (mut new, mut gone): (Vec<NewJob>, Vec<_>) = (Vec::new(), Vec::new());
+    for action in actions {
+        match action {
+            Action::Backup(backup) => new.extend(backup.into_job()),
+            Action::Point(point) => gone.extend(point.in_force(control, &cut_of)),
+            Action::Abort | Action::Bitmap(_) => {}
+        }
+    }
+    for held in new.iter().map(|job| &job.backup.held).filter(|held| !held.point.is_view()) {
+        held.point.begin(cut_of(&held.node));
     }
     locked.start(new, grouped);
+    drop(locked);
+    // What points kept is given back without the lock.
+    drop(gone);
     Ok(())
 }
 
@@ -166,6 +193,10 @@ fn walk<'a>(stage: &mut Stage<'a>, locked: &Locked<'_>, actions: &mut [Action]) 
         match action {
             Action::Abort => return Err(QmpError::generic("Transaction aborted using Abort action")),
             Action::Bitmap(action) => action.apply(stage)?,
+            Action::Point(action) => {
+                action.apply(stage)?;
+                locked.may_start()?;
+            }
             Action::Backup(action) => {
                 action.apply(stage)?;
                 locked.may_start()?;

@@ -5,6 +5,7 @@
 
 use super::CopyError;
 use blkmark_bitmap::{Bits, ByteRange};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -20,14 +21,16 @@ struct Flow {
     done: u64,
     total: u64,
     uncopied: Option<Bits>,
-    /// What the guest's latency is to stay below; zero: whatever.
-    guest_latency: Duration,
 }
 
 /// How others steer a copy and see how far it is.
 pub struct CopyControl {
     flow: Mutex<Flow>,
     changed: Condvar,
+    /// What the guest's latency is to stay below, in microseconds; 0: whatever.
+    guest_latency: AtomicU64,
+    /// Whether the target may take blocks from the disk.
+    sharing: AtomicBool,
 }
 
 impl Default for CopyControl {
@@ -41,9 +44,13 @@ impl Default for CopyControl {
             done: 0,
             total: 0,
             uncopied: None,
-            guest_latency: Duration::ZERO,
         };
-        Self { flow: Mutex::new(flow), changed: Condvar::new() }
+        Self {
+            flow: Mutex::new(flow),
+            changed: Condvar::new(),
+            guest_latency: AtomicU64::new(0),
+            sharing: AtomicBool::new(false),
+        }
     }
 }
 
@@ -108,13 +115,23 @@ impl CopyControl {
         self.flow().uncopied.clone()
     }
 
-    /// Bounds the guest's latency, as far as the copy can; zero takes the bound away. For copies that begin later.
+    /// Bounds the guest's latency from now on, as far as the copy can; zero takes the bound away.
     pub fn set_guest_latency(&self, limit: Duration) {
-        self.change(|flow| flow.guest_latency = limit);
+        self.guest_latency.store(u64::try_from(limit.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
-    pub(super) fn guest_latency(&self) -> Duration {
-        self.flow().guest_latency
+    /// What the guest's latency is to stay below; zero: whatever.
+    pub fn guest_latency(&self) -> Duration {
+        Duration::from_micros(self.guest_latency.load(Ordering::Relaxed))
+    }
+
+    /// Whether a target may take what it needs from the disk's file, where it can, instead of being sent it.
+    pub fn set_sharing(&self, sharing: bool) {
+        self.sharing.store(sharing, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_sharing(&self) -> bool {
+        self.sharing.load(Ordering::Relaxed)
     }
 
     pub(super) fn begin(&self, plan: &Bits, total: u64) {

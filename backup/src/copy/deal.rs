@@ -102,3 +102,6 @@ impl<'a> Deal<'a> {
         len & !(self.point.cluster().bytes() - 1)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -17,6 +17,8 @@ use deal::Deal;
 use pace::Pace;
 use std::io;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::Scope;
 use std::time::Duration;
 use thiserror::Error;
 use worker::{Shared, Worker};
@@ -24,8 +26,12 @@ use worker::{Shared, Worker};
 /// Workers for long runs. More does not help one disk, and each costs a buffer of `CHUNK`.
 const WORKERS: u64 = 4;
 
-/// Workers for short runs scattered over a disk, which take longer to reach than to read.
+/// Most workers for short runs scattered over a disk, which take longer to reach than to read. There are as many only where
+/// runs do take long: on memory, or out of a cache, they would be in each other's way.
 const WORKERS_SCATTERED: u64 = 16;
+
+/// A run that takes longer is worth one more worker.
+const LONG: Duration = Duration::from_micros(100);
 
 /// Runs that are shorter than this on average are scattered.
 const SCATTERED: u64 = 256 << 10;
@@ -110,26 +116,57 @@ pub fn run(
     control.begin(plan, extent.bytes);
     let chunk = CHUNK.max(point.cluster().bytes());
     let workers = extent.workers(chunk);
-    let pace = Pace::new(point.pulse(), control.guest_latency(), chunk, workers);
+    let pace = Pace::new(point.pulse(), control, chunk, workers);
     let deal = Mutex::new(Deal::new(point, plan));
     let shared = Shared { point, target, control, on_error, deal, pace, chunk };
     let failure: Mutex<Option<CopyError>> = Mutex::new(None);
-    let work = || {
-        if let Err(error) = Worker::new(&shared).run() {
-            let mut failure = failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            // The first failure ends the others, which then report that they were cancelled.
-            failure.get_or_insert(error);
-            shared.deal().close();
-        }
-    };
+    let (hired, shared, failure) = (AtomicU64::new(WORKERS.min(workers)), &shared, &failure);
     std::thread::scope(|scope| {
-        for _ in 1..workers {
-            scope.spawn(work);
+        let crew = Crew { scope, most: workers, hired: &hired, shared, failure };
+        for _ in 1..WORKERS.min(workers) {
+            crew.put_one_to_work();
         }
-        work();
+        crew.work();
     });
-    match failure.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
+    match std::mem::take(&mut *failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner())) {
         Some(error) => Err(error),
         None => Ok(()),
+    }
+}
+
+/// The workers of a copy, and room for more.
+#[derive(Clone, Copy)]
+struct Crew<'scope, 'env, 'a> {
+    scope: &'scope Scope<'scope, 'env>,
+    most: u64,
+    hired: &'env AtomicU64,
+    shared: &'env Shared<'a>,
+    failure: &'env Mutex<Option<CopyError>>,
+}
+
+impl Crew<'_, '_, '_> {
+    fn work(self) {
+        if let Err(error) = Worker::new(self.shared).run(&|| self.hire()) {
+            let mut failure = self.failure.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            // The first failure ends the others, which then report that they were cancelled.
+            failure.get_or_insert(error);
+            self.shared.deal().close();
+        }
+    }
+
+    /// One more, if there may be one.
+    fn hire(self) {
+        let more = |hired: u64| (hired < self.most).then_some(hired + 1);
+        if self.hired.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok() {
+            self.put_one_to_work();
+        }
+    }
+
+    /// Without a thread there are fewer; whoever begins is there in any case.
+    fn put_one_to_work(self) {
+        let builder = std::thread::Builder::new().name("copy".to_owned());
+        if let Err(error) = builder.spawn_scoped(self.scope, move || self.work()) {
+            tracing::warn!(%error, "a copy has one worker less");
+        }
     }
 }

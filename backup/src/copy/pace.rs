@@ -3,12 +3,15 @@
 //! Workers ask before each hand and say when they are through. The bound, in bytes, follows the guest's own latency:
 //! while the slowest tenth of its requests takes longer than the limit, the bound shrinks by a third a window; while it does not,
 //! the bound grows by a step; while the guest asks for nothing, it doubles. It never falls below one small request at a
-//! time, so a copy always gets on. A disk that is slow by itself must not hold a backup up for ever: if the guest waits
+//! time, so a copy always gets on. It begins as if there were no guest, and within a millisecond of the guest's first request
+//! as if there had always been one. A disk that is slow by itself must not hold a backup up for ever: if the guest waits
 //! longer than the limit although the bound is at its floor, the copy is not to blame, and the limit becomes that
 //! latency and a half for as long as it is so.
 //!
-//! With a limit of zero, or a disk that does not tell how its guest fares, nothing is measured and nothing bounded.
+//! With a limit of zero, or a disk that does not tell how its guest fares, nothing is measured and nothing bounded. The limit
+//! may change at any moment.
 
+use super::CopyControl;
 use crate::pulse::{Pulse, Watch};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -21,6 +24,9 @@ const STEP: u64 = 128 << 10;
 
 /// How long to look at the guest between two decisions.
 const WINDOW: Duration = Duration::from_millis(10);
+
+/// How soon the first request of a guest is noticed that asked for nothing when the copy began.
+const FIRST_WINDOW: Duration = Duration::from_millis(1);
 
 /// A decision about a guest that does little may take this long.
 const LONG_WINDOW: Duration = Duration::from_millis(50);
@@ -40,8 +46,17 @@ pub(super) struct Pace<'a> {
     chunk: u64,
     /// Bytes under way at most, whatever the guest does.
     ceiling: u64,
-    governed: Option<Mutex<Governor<'a>>>,
+    pulse: Option<&'a Pulse>,
+    control: &'a CopyControl,
+    state: Mutex<State<'a>>,
     changed: Condvar,
+}
+
+struct State<'a> {
+    /// Bytes under way that were counted when they began.
+    busy: u64,
+    /// There while a limit is in force.
+    governor: Option<Governor<'a>>,
 }
 
 struct Governor<'a> {
@@ -51,7 +66,8 @@ struct Governor<'a> {
     /// What is held to; above the budget while the disk is too slow for it by itself.
     limit: Duration,
     bound: u64,
-    busy: u64,
+    /// Whether the guest was seen to ask for anything since the watch began.
+    heard: bool,
     since: Instant,
 }
 
@@ -63,56 +79,72 @@ pub(super) struct Permit {
 }
 
 impl<'a> Pace<'a> {
-    /// For requests of up to `chunk` bytes from `workers` threads.
-    pub(super) fn new(pulse: Option<&'a Pulse>, budget: Duration, chunk: u64, workers: u64) -> Self {
+    /// For requests of up to `chunk` bytes from `workers` threads. The limit is the control's, at any moment.
+    pub(super) fn new(pulse: Option<&'a Pulse>, control: &'a CopyControl, chunk: u64, workers: u64) -> Self {
         let ceiling = chunk.saturating_mul(workers);
-        let governed = pulse.filter(|_| !budget.is_zero()).map(|pulse| {
-            let (watch, since) = (pulse.watch(), Instant::now());
-            // From below: the first windows show whether there is a guest at all.
-            let bound = (4 * FLOOR).min(ceiling);
-            Mutex::new(Governor { watch, budget, limit: budget, bound, busy: 0, since })
-        });
-        Self { chunk, ceiling, governed, changed: Condvar::new() }
+        let state = Mutex::new(State { busy: 0, governor: None });
+        Self { chunk, ceiling, pulse, control, state, changed: Condvar::new() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State<'a>> {
+        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Waits until there is room.
     pub(super) fn enter(&self) -> Permit {
-        let Some(governed) = &self.governed else { return Permit { bytes: self.chunk, cost: 0 } };
-        let mut governor = lock(governed);
+        let Some(pulse) = self.pulse else { return Permit { bytes: self.chunk, cost: 0 } };
+        let mut state = self.state();
         loop {
-            governor.decide(self.ceiling);
+            let budget = self.control.guest_latency();
+            if budget.is_zero() {
+                state.governor = None;
+                return Permit { bytes: self.chunk, cost: 0 };
+            }
+            let State { busy, governor } = &mut *state;
+            let governor = governor.get_or_insert_with(|| Governor::new(pulse, budget, self.ceiling));
+            governor.decide(budget, self.ceiling);
             // Two at a time, where possible: one reads while the other writes.
             let bytes = (governor.bound / 2).clamp(FLOOR.min(self.chunk), self.chunk);
             let cost = bytes.max(LEAST_COST);
-            if governor.busy == 0 || governor.busy + cost <= governor.bound {
-                governor.busy += cost;
+            if *busy == 0 || *busy + cost <= governor.bound {
+                *busy += cost;
                 return Permit { bytes, cost };
             }
-            governor = self.changed.wait_timeout(governor, WINDOW).unwrap_or_else(|poisoned| poisoned.into_inner()).0;
+            state = self.changed.wait_timeout(state, WINDOW).unwrap_or_else(|poisoned| poisoned.into_inner()).0;
         }
     }
 
     /// What was permitted is over.
     pub(super) fn leave(&self, permit: Permit) {
-        if let Some(governed) = &self.governed {
-            lock(governed).busy -= permit.cost;
+        if permit.cost > 0 {
+            self.state().busy -= permit.cost;
             self.changed.notify_one();
         }
     }
 }
 
-fn lock<'m, 'a>(governor: &'m Mutex<Governor<'a>>) -> MutexGuard<'m, Governor<'a>> {
-    governor.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
+impl<'a> Governor<'a> {
+    fn new(pulse: &'a Pulse, budget: Duration, ceiling: u64) -> Self {
+        Self { watch: pulse.watch(), budget, limit: budget, bound: ceiling, heard: false, since: Instant::now() }
+    }
 
-impl Governor<'_> {
-    fn decide(&mut self, ceiling: u64) {
+    fn decide(&mut self, budget: Duration, ceiling: u64) {
+        if self.budget != budget {
+            (self.budget, self.limit) = (budget, budget);
+        }
         let passed = self.since.elapsed();
-        if passed < WINDOW {
+        if passed < if self.heard { WINDOW } else { FIRST_WINDOW } {
             return;
         }
         let beat = self.watch.beat(true);
         let busy = beat.ended + beat.in_flight > 0;
+        if !self.heard {
+            // Until then the disk is the copy's alone.
+            self.heard = busy;
+            self.bound = if busy { (4 * FLOOR).min(ceiling) } else { ceiling };
+            self.since = Instant::now();
+            return;
+        }
         if busy && beat.ended < ENOUGH && passed < LONG_WINDOW {
             return;
         }
@@ -121,7 +153,7 @@ impl Governor<'_> {
         // Nothing that ends although something is under way is as slow as it gets.
         let latency = beat.quantile(SHARE).or(busy.then_some(passed));
         let floor = FLOOR.min(ceiling);
-        (self.bound, self.limit) = next(self.bound, self.limit, self.budget, latency, floor..=ceiling);
+        (self.bound, self.limit) = next(self.bound, self.limit, budget, latency, floor..=ceiling);
     }
 }
 
@@ -195,20 +227,42 @@ mod tests {
         assert_eq!(limit, BUDGET);
     }
 
+    fn control(limit: Duration) -> CopyControl {
+        let control = CopyControl::default();
+        control.set_guest_latency(limit);
+        control
+    }
+
     #[test]
     fn without_a_limit_nothing_waits() {
-        let pulse = Pulse::default();
-        let pace = Pace::new(Some(&pulse), Duration::ZERO, 1 << 20, 4);
-        assert!(pulse.begin(0).is_none(), "nobody watches");
+        let (pulse, control) = (Pulse::default(), control(Duration::ZERO));
+        let pace = Pace::new(Some(&pulse), &control, 1 << 20, 4);
         for _ in 0..1000 {
             assert_eq!(pace.enter().bytes, 1 << 20);
         }
+        assert!(pulse.begin(0).is_none(), "nobody watches");
+    }
+
+    #[test]
+    fn beside_nobody_a_copy_has_the_whole_disk_at_once() {
+        let (pulse, control) = (Pulse::default(), control(BUDGET));
+        let pace = Pace::new(Some(&pulse), &control, 1 << 20, 4);
+        let permits: Vec<Permit> = (0..4).map(|_| pace.enter()).collect();
+        assert!(permits.iter().all(|permit| permit.bytes == 1 << 20));
+        permits.into_iter().for_each(|permit| pace.leave(permit));
+        // The first request is noticed, and what is under way then shrinks.
+        let begun = pulse.begin(0).unwrap();
+        std::thread::sleep(FIRST_WINDOW);
+        assert_eq!(pace.enter().bytes, 2 * FLOOR);
+        pulse.end(0, begun);
     }
 
     #[test]
     fn one_request_is_always_under_way_and_not_more_than_the_bound() {
-        let pulse = Pulse::default();
-        let pace = Pace::new(Some(&pulse), BUDGET, 1 << 20, 4);
+        let (pulse, control) = (Pulse::default(), control(BUDGET));
+        let pace = Pace::new(Some(&pulse), &control, 1 << 20, 4);
+        pace.state().governor =
+            Some(Governor { heard: true, bound: 4 * FLOOR, ..Governor::new(&pulse, BUDGET, 4 << 20) });
         let first = pace.enter();
         assert_eq!(first.bytes, 2 * FLOOR);
         let second = pace.enter();
@@ -216,6 +270,22 @@ mod tests {
         let third = pace.enter();
         pace.leave(second);
         pace.leave(third);
-        assert_eq!(lock(pace.governed.as_ref().unwrap()).busy, 0);
+        assert_eq!(pace.state().busy, 0);
+    }
+
+    #[test]
+    fn the_limit_may_change_while_requests_are_under_way() {
+        let (pulse, control) = (Pulse::default(), control(BUDGET));
+        let pace = Pace::new(Some(&pulse), &control, 1 << 20, 4);
+        let governed = pace.enter();
+        control.set_guest_latency(Duration::ZERO);
+        let free = pace.enter();
+        assert!(pulse.begin(0).is_none(), "nobody watches any more");
+        control.set_guest_latency(BUDGET / 2);
+        let again = pace.enter();
+        assert!(pulse.begin(0).is_some());
+        assert_eq!(pace.state().governor.as_ref().unwrap().limit, BUDGET / 2);
+        [governed, free, again].into_iter().for_each(|permit| pace.leave(permit));
+        assert_eq!(pace.state().busy, 0);
     }
 }

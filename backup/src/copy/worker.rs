@@ -6,19 +6,30 @@
 use super::control::CopyControl;
 use super::deal::{Deal, Hand};
 use super::pace::Pace;
-use super::{Action, CopyError, RETRY_PAUSE, Side};
+use super::{Action, CopyError, LONG, RETRY_PAUSE, Side};
 use crate::buffer::{AlignedBuffer, is_zero};
 use crate::point::{Point, PointError};
+use crate::source::Source;
 use crate::target::Target;
 use blkmark_bitmap::ByteRange;
 use std::io;
 use std::sync::{Mutex, MutexGuard};
+use std::time::Instant;
 
 /// Most runs in a hand: a worker that is told to stop finishes its hand first.
 const HAND: usize = 64;
 
 /// Steps of a copy whose speed is bounded, if clusters are small enough.
 const STEPS_A_SECOND: u64 = 10;
+
+/// What the target holds where it is about to be written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Below {
+    /// What it held when the copy began.
+    Untouched,
+    /// Perhaps something newer than the point in time, which it has taken from the disk.
+    Unknown,
+}
 
 /// What all workers of a copy share.
 pub(super) struct Shared<'a> {
@@ -51,8 +62,8 @@ impl<'w, 'a> Worker<'w, 'a> {
         Self { shared, buffer: AlignedBuffer::new(shared.chunk as usize), done: Vec::new() }
     }
 
-    /// Works until there is nothing left.
-    pub(super) fn run(&mut self) -> Result<(), CopyError> {
+    /// Works until there is nothing left. Calls `hire` where more hands would help.
+    pub(super) fn run(&mut self, hire: &dyn Fn()) -> Result<(), CopyError> {
         yield_to_others();
         let mut pieces = Vec::new();
         loop {
@@ -66,7 +77,7 @@ impl<'w, 'a> Worker<'w, 'a> {
             let result = match hand {
                 Hand::Nothing => Ok(()),
                 Hand::Hole(hole) => self.hole(hole),
-                Hand::Data => self.pieces(&pieces),
+                Hand::Data => self.pieces(&pieces, hire),
             };
             self.report();
             self.shared.pace.leave(permit);
@@ -84,9 +95,16 @@ impl<'w, 'a> Worker<'w, 'a> {
         }
     }
 
-    fn pieces(&mut self, pieces: &[ByteRange]) -> Result<(), CopyError> {
+    fn pieces(&mut self, pieces: &[ByteRange], hire: &dyn Fn()) -> Result<(), CopyError> {
         self.shared.control.admit(pieces.iter().map(|piece| piece.len()).sum())?;
-        pieces.iter().try_for_each(|piece| self.copy(*piece))
+        for piece in pieces {
+            let began = Instant::now();
+            self.copy(*piece)?;
+            if began.elapsed() > LONG {
+                hire();
+            }
+        }
+        Ok(())
     }
 
     /// What turns out to be data after all is copied.
@@ -95,7 +113,8 @@ impl<'w, 'a> Worker<'w, 'a> {
             let hole = self.insist(|worker| Ok(worker.shared.point.take_hole(rest)?))?;
             let passed = if hole > 0 {
                 let hole = ByteRange::new(rest.start(), hole);
-                self.zeroes(hole)?;
+                self.zeroes(hole, Below::Untouched)?;
+                self.done.push(hole);
                 hole
             } else {
                 let piece = ByteRange::new(rest.start(), rest.len().min(self.shared.chunk));
@@ -108,7 +127,34 @@ impl<'w, 'a> Worker<'w, 'a> {
         Ok(())
     }
 
+    /// Brings a piece to the target, whichever way.
     fn copy(&mut self, piece: ByteRange) -> Result<(), CopyError> {
+        match self.shared.control.is_sharing() {
+            true => self.carry(piece)?,
+            false => self.write(piece, Below::Untouched)?,
+        }
+        self.done.push(piece);
+        Ok(())
+    }
+
+    /// Lets the target take a piece from the disk's file, and writes what it could not take, or took too late.
+    fn carry(&mut self, piece: ByteRange) -> Result<(), CopyError> {
+        let Shared { point, target, .. } = self.shared;
+        let mut below = Below::Untouched;
+        let take = |source: &dyn Source| {
+            source.file().is_some_and(|file| {
+                below = Below::Unknown;
+                target.take_from(file, piece.start(), piece.len())
+            })
+        };
+        match point.carry(piece, take)? {
+            None => self.write(piece, below),
+            Some(overwritten) => overwritten.into_iter().try_for_each(|unit| self.write(unit, below)),
+        }
+    }
+
+    /// Reads a piece as of the point, and writes it.
+    fn write(&mut self, piece: ByteRange, below: Below) -> Result<(), CopyError> {
         let len = piece.len() as usize;
         self.insist(|worker| Ok(worker.shared.point.take(piece, &mut worker.buffer[..len])?))?;
         let cluster = self.shared.point.cluster().bytes() as usize;
@@ -122,7 +168,7 @@ impl<'w, 'a> Worker<'w, 'a> {
             }
             let range = ByteRange::new(piece.start() + at as u64, (until - at) as u64);
             if zero {
-                self.zeroes(range)?;
+                self.zeroes(range, below)?;
             } else {
                 self.put(range, |worker| worker.shared.target.write_at(&worker.buffer[at..until], range.start()))?;
             }
@@ -131,17 +177,15 @@ impl<'w, 'a> Worker<'w, 'a> {
         Ok(())
     }
 
-    fn zeroes(&mut self, range: ByteRange) -> Result<(), CopyError> {
+    fn zeroes(&mut self, range: ByteRange, below: Below) -> Result<(), CopyError> {
         self.put(range, |worker| match worker.shared.target {
-            target if target.reads_zero() => Ok(()),
+            target if below == Below::Untouched && target.reads_zero() => Ok(()),
             target => target.write_zeroes_at(range.start(), range.len()),
         })
     }
 
     fn put(&mut self, range: ByteRange, write: impl Fn(&mut Self) -> io::Result<()>) -> Result<(), CopyError> {
-        self.insist(|worker| write(worker).map_err(|error| CopyError::Target { offset: range.start(), error }))?;
-        self.done.push(range);
-        Ok(())
+        self.insist(|worker| write(worker).map_err(|error| CopyError::Target { offset: range.start(), error }))
     }
 
     /// Tries until it works or the policy gives up.

@@ -356,7 +356,7 @@ fn settle(inner: &Inner, members: &[u64], success: bool) {
 }
 
 /// What a job leaves behind has to come into force, so there is no giving up.
-fn commit_until_done<'a>(prepare: impl Fn() -> Vec<Commit<'a>>) {
+pub(crate) fn commit_until_done<'a>(prepare: impl Fn() -> Vec<Commit<'a>>) {
     while let Err(error) = flip::commit(prepare()) {
         tracing::warn!(%error, "will try again");
         std::thread::sleep(BREATH);

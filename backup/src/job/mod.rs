@@ -17,6 +17,7 @@ mod registry;
 pub mod state;
 
 pub use backup::{Backup, BitmapMode, Content, Destination, Failure, Hold};
+pub(crate) use life::commit_until_done;
 pub use policy::{OnError, OnFailure};
 pub(crate) use registry::well_formed;
 pub use registry::{JobError, Jobs, Locked, NewJob, Reservation, Retry, Settings};

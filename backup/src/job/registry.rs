@@ -84,6 +84,8 @@ pub struct Settings {
     pub on_target_error: OnError,
     /// How long the guest's requests may take before the copy makes room for them; zero: whatever.
     pub guest_latency: Duration,
+    /// Whether the target may take blocks from the disk's file, where it can.
+    pub sharing: bool,
     /// What becomes of its point in time if it fails.
     pub on_failure: OnFailure,
 }
@@ -97,6 +99,7 @@ impl Default for Settings {
             on_source_error: OnError::Report,
             on_target_error: OnError::Report,
             guest_latency: GUEST_LATENCY,
+            sharing: false,
             on_failure: OnFailure::Reclaim,
         }
     }
@@ -323,6 +326,17 @@ impl Jobs {
         })
     }
 
+    /// Bounds what the guest's requests may take from now on; zero takes the bound away.
+    pub fn set_guest_latency(&self, id: &str, limit: Duration) -> Result<(), JobError> {
+        self.with(id, |_, entry| {
+            entry.accept(Verb::Change)?;
+            // Its settings too: `job-retry` goes on with them.
+            entry.settings.guest_latency = limit;
+            entry.control.set_guest_latency(limit);
+            Ok(())
+        })
+    }
+
     /// Only a job that is ready can be completed, and a backup never is.
     pub fn complete(&self, id: &str) -> Result<(), JobError> {
         self.with(id, |_, entry| entry.accept(Verb::Complete))
@@ -424,6 +438,7 @@ impl Jobs {
                 "busy": entry.status == Status::Running,
                 "paused": entry.user_paused,
                 "speed": entry.speed,
+                "max-guest-latency": entry.settings.guest_latency.as_micros() as u64,
                 "io-status": entry.io_status.name(),
                 "ready": false,
                 "status": entry.status.name(),
@@ -538,6 +553,7 @@ impl Locked<'_> {
             let control = Arc::new(CopyControl::default());
             control.set_speed(job.settings.speed);
             control.set_guest_latency(job.settings.guest_latency);
+            control.set_sharing(job.settings.sharing);
             let backup = job.backup;
             let endless = backup.held.content == Content::Overwritten;
             let mut entry = Entry {

@@ -2,7 +2,8 @@
 //!
 //! Jobs make targets with [`create`] (`drive-backup`) or [`open`] (`mode: existing`, `blockdev-add`), the copy engine
 //! writes them, and the job concludes them. Nothing here knows of bitmaps, points in time or QMP. Rooms: `place` (paths
-//! to descriptors, links refused), `draft` (files that vanish unless kept), `bytes` (whole reads, writes and zeroing of a descriptor), `raw`, `qcow2` (through
+//! to descriptors, links refused), `draft` (files that vanish unless kept), `bytes` (whole reads, writes and zeroing of a descriptor), `raw` (with `share`, for
+//! taking blocks of another file), `qcow2` (through
 //! `imago`, with `storage`, `header` and `check` beneath it), `image` (reading chains, flattening them).
 //!
 //! Invariants: a refused creation leaves nothing behind and an existing file as it was; a target is never a file that
@@ -17,13 +18,14 @@ pub mod image;
 mod place;
 mod qcow2;
 mod raw;
+mod share;
 mod storage;
 
 use crate::file_lock::LockError;
 use crate::source::FileId;
 use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -59,6 +61,13 @@ pub trait Target: Send + Sync {
 
     /// Makes the range read as zeroes, also over a backing file, taking as little space as possible.
     fn write_zeroes_at(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Takes the range from the same place of `file` by sharing its blocks. `false`: it could not, what the range holds now is not
+    /// known, and it is to be written. Called as writes are.
+    fn take_from(&self, file: BorrowedFd<'_>, offset: u64, len: u64) -> bool {
+        let _ = (file, offset, len);
+        false
+    }
 
     /// Returns when everything written so far is durable. An error is final: later calls fail too.
     fn flush(&self) -> io::Result<()>;

@@ -8,13 +8,14 @@
 
 use super::bytes::{Kind, check_range};
 use super::draft::Draft;
+use super::share::Sharing;
 use super::{CreateOptions, Policy, Target, TargetError};
 use crate::buffer::ALIGNMENT;
 use crate::source::FileId;
 use rustix::fs::{Mode, OFlags};
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -34,6 +35,7 @@ pub(super) struct RawTarget {
     /// Who writes through the page cache. The kernel lets only one do so at a time, and has the others spin.
     /// Holds how much of that was not sent to the disk yet.
     cached: Mutex<u64>,
+    sharing: Sharing,
 }
 
 impl RawTarget {
@@ -65,7 +67,16 @@ impl RawTarget {
         draft.keep();
         let ids = [draft.bytes.id()];
         let direct = open_direct(draft.bytes.file());
-        Self { draft, size, reads_zero, path: path.to_owned(), ids, direct, cached: Mutex::new(0) }
+        Self {
+            draft,
+            size,
+            reads_zero,
+            path: path.to_owned(),
+            ids,
+            direct,
+            cached: Mutex::new(0),
+            sharing: Sharing::default(),
+        }
     }
 
     fn write_cached(&self, buf: &[u8], offset: u64) -> io::Result<()> {
@@ -80,10 +91,10 @@ impl RawTarget {
     }
 }
 
-/// The kernel's number for tmpfs, which takes O_DIRECT and has nothing but a page cache.
+/// The kernel's number for tmpfs.
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 
-/// Opens it anew, through no name that anybody could have changed. Without /proc, or where the file system refuses, what
+/// Opens it anew (but on tmpfs, which takes O_DIRECT and has nothing but a page cache), through no name that anybody could have changed. Without /proc, or where the file system refuses, what
 /// there is will do.
 fn open_direct(file: &File) -> Option<File> {
     if rustix::fs::fstatfs(file).is_ok_and(|system| system.f_type as u64 == TMPFS_MAGIC) {
@@ -136,6 +147,10 @@ impl Target for RawTarget {
     fn write_zeroes_at(&self, offset: u64, len: u64) -> io::Result<()> {
         check_range(offset, len, self.size)?;
         self.draft.bytes.zero_at(offset, len)
+    }
+
+    fn take_from(&self, file: BorrowedFd<'_>, offset: u64, len: u64) -> bool {
+        check_range(offset, len, self.size).is_ok() && self.sharing.take(file, self.draft.bytes.file(), offset, len)
     }
 
     fn flush(&self) -> io::Result<()> {

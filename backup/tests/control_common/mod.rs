@@ -13,6 +13,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -55,6 +56,9 @@ impl Source for FileSource {
     fn file_id(&self) -> Option<FileId> {
         let metadata = self.file.metadata().ok()?;
         Some(FileId { device: metadata.dev(), inode: metadata.ino() })
+    }
+    fn file(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
     }
 }
 
