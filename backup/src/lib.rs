@@ -2,6 +2,7 @@
 
 pub mod buffer;
 pub mod cbw;
+pub mod compare;
 pub mod control;
 pub mod copy;
 pub mod file_lock;

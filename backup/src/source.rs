@@ -51,8 +51,18 @@ pub trait Source: Send + Sync {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    /// Whether it can be given that size at all; asked before anything follows. What it cannot know is left to `resize`.
+    fn may_resize(&self, size: u64) -> io::Result<()> {
+        let _ = size;
+        Ok(())
+    }
+
     /// The file or device behind it, where there is one.
     fn file_id(&self) -> Option<FileId>;
+
+    /// Makes what waits in here fail at once, and everything later: for a source over a network that no longer answers. Files
+    /// have nothing to wait for. May be called from any thread.
+    fn interrupt(&self) {}
 
     /// A file that holds the bytes of the disk one to one, for targets that take them without moving them through this
     /// process. Only to be read from.

@@ -441,10 +441,11 @@ fn all_that_is_declared_is_declared_so_in_qemu() {
 }
 
 /// What QEMU has no command for.
-const OUR_OWN: &[&str] = &["job-retry", "point-add", "point-remove"];
+const OUR_OWN: &[&str] = &["block-dirty-bitmap-populate", "job-retry", "point-add", "point-remove"];
 
 const ONLY_HERE: &[&str] = &[
     "block-job-change.max-guest-latency: only here",
+    "block-job-change.type: \"bitmap-populate\"",
     "blockdev-backup.cbw-timeout: only here",
     "blockdev-backup.max-guest-latency: only here",
     "blockdev-backup.on-cbw-error: only here",
@@ -459,6 +460,7 @@ const ONLY_HERE: &[&str] = &[
     "query-block:.inserted.point: only here",
     "query-block:.inserted.scratch: only here",
     "query-jobs:.kept: only here",
+    "transaction.actions.type: \"block-dirty-bitmap-populate\"",
     "transaction.actions.type: \"point-add\"",
     "transaction.actions.type: \"point-remove\"",
 ];

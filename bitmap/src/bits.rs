@@ -190,6 +190,25 @@ impl Bits {
         }
     }
 
+    /// Takes away every bit whose bytes are all in `other`.
+    pub fn subtract(&mut self, other: &Bits) {
+        if self.granularity == other.granularity && self.size == other.size {
+            for words in other.touched() {
+                for word in words {
+                    if self.words[word] & other.words[word] != 0 {
+                        self.words[word] &= !other.words[word];
+                    }
+                }
+            }
+            return;
+        }
+        let cell = self.granularity.bytes();
+        for run in other.runs() {
+            let end = if run.end() >= self.size { self.size } else { run.end() / cell * cell };
+            self.clear(ByteRange::between(run.start().next_multiple_of(cell), end));
+        }
+    }
+
     /// The same set at another granularity: coarser loses detail outward, finer repeats each bit.
     pub fn at(&self, granularity: Granularity) -> Bits {
         let mut bits = Bits::new(granularity, self.size);

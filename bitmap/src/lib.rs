@@ -8,6 +8,7 @@
 //! - [`inflight`]: which writes are on their way. [`gate`]: what may hold a write back.
 //! - [`checkpoints`]: points in time that are named for change tracking alone.
 //! - [`named`]: named bitmaps and their states, as drafts that a commit puts in force.
+//! - [`fill`]: how what a job found out gets into a bitmap.
 //! - [`tracker`]: one disk's marking. [`flip`]: one instant for many disks.
 //!
 //! Invariants I1 and I2 of `ARCHITECTURE.md` live here, and the half of I3 that waits for writes of before a cut.
@@ -15,6 +16,7 @@
 pub mod admission;
 pub mod bits;
 pub mod checkpoints;
+pub mod fill;
 pub mod flip;
 pub mod gate;
 pub mod inflight;
@@ -27,6 +29,7 @@ pub mod units;
 
 pub use bits::Bits;
 pub use checkpoints::{CheckpointInfo, CheckpointMark};
+pub use fill::Mask;
 pub use flip::{Commit, commit};
 pub use gate::{Gate, Resume, Verdict};
 pub use inflight::PreCut;

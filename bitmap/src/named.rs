@@ -146,6 +146,10 @@ impl Frozen {
     pub(crate) fn close(&mut self, generation: Option<&Arc<LiveMap>>) {
         self.layers.close(generation);
     }
+
+    pub(crate) fn layers(&self) -> &Layers {
+        &self.layers
+    }
 }
 
 impl fmt::Debug for Frozen {
@@ -159,7 +163,9 @@ impl fmt::Debug for Frozen {
 pub(crate) struct Bitmap {
     name: String,
     recording: bool,
-    layers: Layers,
+    /// While frozen: the successor records although the bitmap is disabled (see `fill`).
+    pub(crate) for_job: bool,
+    pub(crate) layers: Layers,
     frozen: Option<Frozen>,
 }
 
@@ -186,7 +192,7 @@ pub struct BitmapInfo {
 #[derive(Clone, Debug)]
 pub struct Draft {
     size: u64,
-    bitmaps: Vec<Bitmap>,
+    pub(crate) bitmaps: Vec<Bitmap>,
     pub(crate) checkpoints: Checkpoints,
 }
 
@@ -199,12 +205,12 @@ impl Draft {
         Self { size, bitmaps: Vec::new(), checkpoints: Checkpoints::default() }
     }
 
-    fn position(&self, name: &str) -> Result<usize, BitmapError> {
+    pub(crate) fn position(&self, name: &str) -> Result<usize, BitmapError> {
         self.bitmaps.iter().position(|b| b.name == name).ok_or_else(|| BitmapError::NotFound(name.to_owned()))
     }
 
     /// The bitmap, if it may be changed.
-    fn free(&mut self, name: &str) -> Result<&mut Bitmap, BitmapError> {
+    pub(crate) fn free(&mut self, name: &str) -> Result<&mut Bitmap, BitmapError> {
         let index = self.position(name)?;
         let bitmap = &mut self.bitmaps[index];
         if bitmap.frozen.is_some() {
@@ -227,6 +233,7 @@ impl Draft {
         self.bitmaps.push(Bitmap {
             name: name.to_owned(),
             recording: !disabled,
+            for_job: false,
             layers: Layers::empty(granularity, self.size),
             frozen: None,
         });
@@ -295,7 +302,7 @@ impl Draft {
         Ok(frozen)
     }
 
-    fn thaw(&mut self, name: &str, id: Uuid) -> Result<(&mut Bitmap, Frozen), BitmapError> {
+    pub(crate) fn thaw(&mut self, name: &str, id: Uuid) -> Result<(&mut Bitmap, Frozen), BitmapError> {
         let index = self.position(name)?;
         let bitmap = &mut self.bitmaps[index];
         match bitmap.frozen.take() {
@@ -315,7 +322,12 @@ impl Draft {
     /// Ends freeze `id` in failure: the frozen set is merged back into the successor.
     pub fn reclaim(&mut self, name: &str, id: Uuid) -> Result<(), BitmapError> {
         let (bitmap, frozen) = self.thaw(name, id)?;
-        bitmap.layers.absorb(&frozen.layers);
+        if std::mem::take(&mut bitmap.for_job) {
+            // A disabled bitmap is as it was: what was recorded, the job alone wanted.
+            bitmap.layers = frozen.layers;
+        } else {
+            bitmap.layers.absorb(&frozen.layers);
+        }
         Ok(())
     }
 
@@ -390,7 +402,7 @@ impl Draft {
 
     /// The finest granularity that records; `None` if nothing does.
     pub(crate) fn recording_granularity(&self) -> Option<Granularity> {
-        let bitmaps = self.bitmaps.iter().filter(|b| b.recording).map(|b| b.layers.granularity());
+        let bitmaps = self.bitmaps.iter().filter(|b| b.records()).map(|b| b.layers.granularity());
         bitmaps.chain(self.checkpoints.recording_granularity()).min()
     }
 
@@ -398,7 +410,7 @@ impl Draft {
     pub(crate) fn settle(&mut self, closed: Option<&Arc<LiveMap>>) {
         for bitmap in &mut self.bitmaps {
             bitmap.layers.close(closed);
-            bitmap.layers.record(bitmap.recording);
+            bitmap.layers.record(bitmap.records());
             bitmap.layers.compact();
             if let Some(frozen) = &mut bitmap.frozen {
                 frozen.close(closed);
@@ -428,6 +440,11 @@ impl Draft {
 }
 
 impl Bitmap {
+    /// Whether the current generation belongs to it.
+    pub(crate) fn records(&self) -> bool {
+        self.recording || self.for_job
+    }
+
     fn shown(&self, live: Option<&Arc<LiveMap>>) -> Bits {
         match &self.frozen {
             Some(frozen) => frozen.layers.bits(live),

@@ -16,6 +16,7 @@ pub mod ext4;
 pub mod guest;
 pub mod images;
 pub mod lab;
+pub mod loop_device;
 pub mod loop_fs;
 pub mod process;
 pub mod qmp;

@@ -12,6 +12,7 @@ use blkmark_tests::beside::{Stop, beside};
 use blkmark_tests::daemon::{Daemon, Kind};
 use blkmark_tests::guest::Guest;
 use blkmark_tests::lab::{Disk, Lab, MIB};
+use blkmark_tests::loop_device::Loop;
 use blkmark_tests::qmp::{JobEnd, Qmp};
 use blkmark_tests::{images, tools};
 use serde_json::{Value, json};
@@ -166,6 +167,48 @@ fn no_write_goes_beyond_the_end_and_none_is_lost() -> Result<()> {
     let image = lab.path("inc.qcow2");
     incremental(&mut qmp, &base, "raw", &image, small)?;
     images::assert_equal(&image, &disk.path)?;
+    daemon.stop()?;
+    Ok(())
+}
+
+/// A block device has the size that its volume manager gave it: blkmark follows, and takes no other.
+#[test]
+fn a_block_device_that_grew_is_followed() -> Result<()> {
+    let lab = Lab::new()?;
+    let file = lab.filled_disk("drive0", 8 * MIB)?;
+    let device = Loop::over(&file.path, 512)?;
+    let disk = Disk { path: device.path().to_owned(), ..file };
+    let daemon = Daemon::blkmark(&lab, std::slice::from_ref(&disk))?;
+    let mut qmp = daemon.qmp()?;
+    let mut guest = attach(&disk)?;
+    let full = lab.path("full.qcow2");
+    let backup = json!({ "job-id": "full", "device": "drive0", "sync": "full", "target": full, "format": "qcow2" });
+    let actions = json!([
+        { "type": "block-dirty-bitmap-add", "data": { "node": "drive0", "name": "b" } },
+        { "type": "drive-backup", "data": backup },
+    ]);
+    qmp.run("transaction", json!({ "actions": actions }))?;
+    qmp.job_completed("full")?;
+    guest.write_at(&vec![1; 4096], MIB)?;
+
+    for size in [4 * MIB, 12 * MIB] {
+        let error = qmp.refused("block_resize", json!({ "node-name": "drive0", "size": size }))?;
+        ensure!(error.desc.contains("Cannot resize device files"), "{}", error.desc);
+        ensure!(shown_size(&mut qmp)? == 8 * MIB && count(&mut qmp, "b")? == 64 * KIB);
+    }
+    device.grow(12 * MIB)?;
+    ensure!(shown_size(&mut qmp)? == 8 * MIB, "it is told, it does not guess");
+    resize(&mut qmp, 12 * MIB)?;
+    ensure!(shown_size(&mut qmp)? == 12 * MIB);
+    ensure!(count(&mut qmp, "b")? == 64 * KIB + 4 * MIB, "{}", count(&mut qmp, "b")?);
+    let config = guest.guest_mut().context("the front end")?.read_config()?;
+    ensure!(config.size() == 12 * MIB, "the guest sees {}", config.size());
+    guest.write_at(&vec![2; 4096], 12 * MIB - 4096)?;
+    let larger = lab.path("larger.qcow2");
+    incremental(&mut qmp, &full, "qcow2", &larger, 12 * MIB)?;
+    images::assert_equal(&larger, &disk.path)?;
+    ensure!(count(&mut qmp, "b")? == 0);
+    drop(guest);
     daemon.stop()?;
     Ok(())
 }

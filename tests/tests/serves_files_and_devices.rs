@@ -7,39 +7,18 @@
 
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use blkmark::frontend::{Disk as GuestDisk, Guest, Options};
 use blkmark_tests::daemon::Daemon;
 use blkmark_tests::images;
 use blkmark_tests::lab::{Disk, Lab, MIB};
+use blkmark_tests::loop_device::Loop;
 use blkmark_tests::small_fs::SmallFileSystem;
-use blkmark_tests::tools::{command, run};
 use serde_json::json;
 
 const SIZE: u64 = 24 * MIB;
-
-/// A loop device; detached when dropped.
-struct Loop(PathBuf);
-
-impl Loop {
-    fn over(file: &Path, sector: u32) -> Result<Loop> {
-        let size = sector.to_string();
-        let arguments = ["--find", "--show", "--sector-size", &size];
-        let device = run(command("losetup")?.args(arguments).arg(file)).context("a loop device needs root")?;
-        Ok(Loop(PathBuf::from(device.trim())))
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        // A test that has failed already says why.
-        if let Ok(mut losetup) = command("losetup") {
-            let _ = run(losetup.arg("--detach").arg(&self.0));
-        }
-    }
-}
 
 #[test]
 fn a_raw_file_past_the_page_cache() -> Result<()> {
@@ -85,7 +64,7 @@ fn block_device(sector: u32, direct: bool) -> Result<()> {
     let lab = Lab::new()?;
     let file = lab.filled_disk("drive0", SIZE)?;
     let device = Loop::over(&file.path, sector)?;
-    let disk = Disk { path: device.0.clone(), ..file.with_direct(direct) };
+    let disk = Disk { path: device.path().to_owned(), ..file.with_direct(direct) };
     serve_and_back_up(&lab, disk, sector)
 }
 

@@ -236,22 +236,3 @@ fn a_full_target_takes_its_group_along() -> Result<()> {
     images::assert_equal(&small.path("1.qcow2"), &disks[1].path)?;
     Ok(())
 }
-
-/// `compress` needs a format that compresses, and a writer that can: the answer is clear, and nothing is left.
-#[test]
-fn compress_is_refused_by_name_and_leaves_nothing() -> Result<()> {
-    let lab = Lab::new()?;
-    let disk = lab.disk("drive0", SIZE)?;
-    let daemon = Daemon::blkmark(&lab, std::slice::from_ref(&disk))?;
-    let mut qmp = daemon.qmp()?;
-    for format in ["raw", "qcow2"] {
-        let target = lab.path("target");
-        let arguments = json!({
-            "job-id": "j", "device": "drive0", "sync": "full", "format": format, "target": target, "compress": true,
-        });
-        let error = qmp.refused("drive-backup", arguments)?;
-        ensure!(error.desc.starts_with("Compression is not supported for this drive"), "{}", error.desc);
-        ensure!(!target.exists() && qmp.run("query-jobs", json!({}))? == json!([]));
-    }
-    Ok(())
-}

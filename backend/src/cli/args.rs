@@ -161,11 +161,95 @@ pub enum BitmapAction {
         #[arg(long, value_name = "DISK")]
         from: Option<String>,
     },
+    /// Mark what differs from an older image, and so begin a chain from a backup that exists
+    Populate(PopulateArgs),
     /// List bitmaps
     List {
         /// Of this disk only
         disk: Option<String>,
     },
+}
+
+/// `blkmark bitmap populate`.
+#[derive(Debug, Args)]
+#[command(after_help = "A bitmap that does not exist is made, and is gone again if the job does not succeed.\n\
+    What the guest writes meanwhile is in the bitmap too.\n\n\
+    Exit status: 0 success; 1 refused, or the job failed; 2 wrong usage; 3 the daemon cannot be reached.")]
+pub struct PopulateArgs {
+    /// The bitmap.
+    #[command(flatten)]
+    pub bitmap: BitmapName,
+    /// The older image: a backup of the disk, with its whole chain
+    #[arg(long, value_name = "FILE", requires = "format", conflicts_with = "image_node")]
+    pub image: Option<PathBuf>,
+    /// Format of the older image
+    #[arg(long, value_enum, requires = "image")]
+    pub format: Option<ImageFormat>,
+    /// The older image as a node: one that is read-only, an NBD export for instance, or a point in time
+    #[arg(long, value_name = "NODE")]
+    pub image_node: Option<String>,
+    /// What to mark [default: diff]
+    #[arg(long, value_enum)]
+    pub pattern: Option<MarkPattern>,
+    /// How that meets what the bitmap holds
+    #[arg(long, value_enum, default_value_t = MarkMode::Union)]
+    pub mode: MarkMode,
+    /// Bytes that one bit stands for, a power of two, if the bitmap is made [default: the daemon chooses]
+    #[arg(long, value_parser = size::parse)]
+    pub granularity: Option<u64>,
+    /// Bytes a second at most [default: no limit]
+    #[arg(long, value_parser = size::parse_signed)]
+    pub speed: Option<u64>,
+    /// Id of the job [default: the disk's]
+    #[arg(long)]
+    pub job: Option<String>,
+    /// Return as soon as it runs
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+/// What to mark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MarkPattern {
+    /// Blocks that differ from the older image
+    Diff,
+    /// Blocks that the disk holds, not its holes
+    AllocationTop,
+    /// Every block
+    All,
+}
+
+/// How what was found meets what a bitmap holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MarkMode {
+    /// The bitmap holds what was found alone
+    Overwrite,
+    /// It holds both
+    Union,
+    /// It holds what it held, less what was found
+    Difference,
+}
+
+impl BitmapArgs {
+    /// What clap cannot check.
+    pub(super) fn check(&self) -> Result<(), Failure> {
+        match &self.action {
+            BitmapAction::Populate(args) => args.check(),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl PopulateArgs {
+    fn check(&self) -> Result<(), Failure> {
+        let has_image = self.image.is_some() || self.image_node.is_some();
+        let diff = self.pattern.unwrap_or(MarkPattern::Diff) == MarkPattern::Diff;
+        match (diff, has_image) {
+            (true, false) => Err(Failure::Usage("give the older image: --image or --image-node".to_owned())),
+            (false, true) => Err(Failure::Usage("an older image has a meaning with --pattern diff only".to_owned())),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Which blocks a backup holds.
@@ -216,6 +300,9 @@ pub struct BackupArgs {
     /// Empty and reuse a file that is there already
     #[arg(long)]
     pub overwrite: bool,
+    /// Deflate what is written: smaller images, more processor time (qcow2 only)
+    #[arg(long)]
+    pub compress: bool,
     /// Bytes a second at most, a disk [default: no limit]
     #[arg(long, value_parser = size::parse_signed)]
     pub speed: Option<u64>,
@@ -270,6 +357,9 @@ impl BackupArgs {
         }
         if self.format == ImageFormat::Raw && !self.backings.is_empty() {
             return usage("a raw image cannot stand on a backing file");
+        }
+        if self.format == ImageFormat::Raw && self.compress {
+            return usage("a raw image cannot be compressed");
         }
         if self.kind != BackupKind::Full && self.format == ImageFormat::Raw && !self.existing {
             return usage(
@@ -420,6 +510,7 @@ mod tests {
             "top --disk a --target b --bitmap c",
             "full --disk a --target b --disk c --target d --job e",
             "full --disk a --target b --backing c --format raw",
+            "full --disk a --target b --compress --format raw",
             "incremental --disk a --target b --bitmap c --format raw",
             "incremental --disk a --target b --disk c --target d --bitmap e --backing f",
         ] {
@@ -427,6 +518,7 @@ mod tests {
         }
         for words in [
             "full --disk a --target b --bitmap c --speed 10M",
+            "full --disk a --target b --compress",
             "full --disk a --target b --format raw --max-guest-latency 500 --reflink",
             "incremental --disk a --target b --bitmap c --backing d",
             "incremental --disk a --target b --bitmap c --format raw --existing",

@@ -82,6 +82,9 @@ fn drive_backup(args: &BackupArgs, disk: &str, job: &str, path: &Path, mode: &st
     if let Some(speed) = args.speed {
         arguments["speed"] = json!(speed);
     }
+    if args.compress {
+        arguments["compress"] = json!(true);
+    }
     if let Some(limit) = args.max_guest_latency {
         arguments["max-guest-latency"] = json!(limit);
     }

@@ -48,6 +48,9 @@ fn execute(cli: &Cli, command: &ClientCommand, output: &Output) -> Result<(), Fa
     if let ClientCommand::Backup(args) = command {
         args.check()?;
     }
+    if let ClientCommand::Bitmap(args) = command {
+        args.check()?;
+    }
     let mut client = Client::connect(cli.control_path())?;
     match command {
         ClientCommand::Bitmap(args) => bitmap::run(&mut client, args, output),

@@ -303,21 +303,31 @@ impl Source for DiskFile {
                 Ok(hole) if hole > offset => Ok((BlockStatus::Data, until(hole))),
                 _ => Ok((BlockStatus::Data, limit)),
             },
-            // Nothing but a hole up to the end.
-            Err(rustix::io::Errno::NXIO) => Ok((BlockStatus::Hole, limit)),
+            // Nothing but a hole up to the end of the file. What was cut off it behind our back is not zero but lost, and
+            // whoever reads it is told.
+            Err(rustix::io::Errno::NXIO) => match self.file.metadata()?.len() {
+                end if end > offset => Ok((BlockStatus::Hole, until(end))),
+                _ => Ok((BlockStatus::Data, limit)),
+            },
             // A block device, or a file system that cannot tell.
             Err(_) => Ok((BlockStatus::Data, limit)),
         }
     }
 
-    fn resize(&self, size: u64) -> io::Result<()> {
+    fn may_resize(&self, size: u64) -> io::Result<()> {
         if self.device {
             let (there, ..) = block_device(&self.file)?;
             if size != there {
                 let text = format!("Cannot resize device files: it has {there} bytes");
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
             }
-        } else if size != self.size() {
+        }
+        Ok(())
+    }
+
+    fn resize(&self, size: u64) -> io::Result<()> {
+        self.may_resize(size)?;
+        if !self.device && size != self.size() {
             self.file.set_len(size)?;
         }
         self.size.store(size, Ordering::Release);

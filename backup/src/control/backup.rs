@@ -10,7 +10,7 @@ use super::transaction::{self, Action, Stage};
 use super::{Control, done};
 use crate::job::backup::Held;
 use crate::job::{
-    Backup, BitmapMode, Content, Destination as Named, Hold, JobError, NewJob, OnFailure, Reservation, Settings,
+    Backup, BitmapMode, Content, Destination as Named, Hold, JobError, NewJob, OnFailure, Reservation, Settings, Work,
 };
 use crate::node::Node;
 use crate::point::{Point, PointOptions, Wanted};
@@ -182,7 +182,8 @@ impl BackupAction {
         commit.arm(point.gate());
         let content = if sync == SyncMode::None { Content::Overwritten } else { Content::Wanted };
         let destination = self.destination.named().clone();
-        let held = Held { node: Arc::clone(disk), point, hold, destination, content, claim: None };
+        let held =
+            Held { node: Arc::clone(disk), point, hold, destination, content, compress: self.compress, claim: None };
         self.backup = Some(Backup { held, target });
         Ok(())
     }
@@ -190,8 +191,7 @@ impl BackupAction {
     fn take_target(&mut self, control: &Control, disk: &Node) -> Result<Option<Arc<dyn Target>>, QmpError> {
         let target = self.destination.take(control, disk)?;
         if self.compress {
-            let name = target.as_ref().map_or_else(String::new, |target| target.name());
-            return Err(QmpError::generic(format!("Compression is not supported for this drive {name}")));
+            self.destination.check_compression(target.as_deref())?;
         }
         Ok(target)
     }
@@ -313,13 +313,14 @@ impl BackupAction {
                 hold: None,
                 destination: self.destination.named().clone(),
                 content: Content::Wanted,
+                compress: self.compress,
                 claim: None,
             };
             self.backup = Some(Backup { held, target });
         }
         let mut backup = self.backup?;
         backup.held.claim = self.destination.hand_over();
-        Some(NewJob { id: self.id?, settings: self.settings, backup })
+        Some(NewJob { id: self.id?, settings: self.settings, work: Work::Backup(backup) })
     }
 }
 
@@ -347,6 +348,7 @@ pub(super) fn retry(control: &Control, mut arguments: Arguments) -> Result<Value
     let id = arguments.string("id")?;
     let node = arguments.opt_string("target-node")?;
     let path = Destination::read_opt_path(&mut arguments)?;
+    let compress = arguments.opt_bool("compress")?;
     arguments.finish()?;
     let elsewhere = match (node, path) {
         (Some(_), Some(_)) => return Err(QmpError::generic("Only one of 'target' and 'target-node' may be given")),
@@ -356,6 +358,10 @@ pub(super) fn retry(control: &Control, mut arguments: Arguments) -> Result<Value
     let retry = control.jobs.prepare_retry(&id)?;
     let mut destination = elsewhere.unwrap_or_else(|| Destination::new(retry.destination.clone()));
     destination.check(control)?;
+    let compress = compress.unwrap_or(retry.compress);
+    if compress {
+        destination.check_compression(None)?;
+    }
     for overwrite in [false, true] {
         destination.open(control, retry.disk.tracker.size(), overwrite)?;
     }
@@ -364,9 +370,12 @@ pub(super) fn retry(control: &Control, mut arguments: Arguments) -> Result<Value
     let Some(target) = destination.take(control, &retry.disk)? else {
         unreachable!("a file was opened, and a node has a target")
     };
+    if compress {
+        destination.check_compression(Some(&*target))?;
+    }
     check_size(&*target, &retry.disk)?;
     let named = destination.named().clone();
-    locked.retry(&retry, target, named, destination.hand_over());
+    locked.retry(&retry, target, compress, named, destination.hand_over());
     // Its drop takes the lock.
     drop(locked);
     drop(retry);

@@ -100,7 +100,9 @@ impl BitmapAction {
                 if *persistent {
                     return Err(QmpError::generic("persistent bitmaps need a store, which this version does not have"));
                 }
-                Ok(stage.draft(disk).add(&bitmap.name, granularity, *disabled)?)
+                stage.draft(disk).add(&bitmap.name, granularity, *disabled)?;
+                stage.note_made(disk, &bitmap.name);
+                Ok(())
             }
             BitmapAction::Remove(bitmap) => {
                 let disk = stage.control().bitmap_node(&bitmap.node)?;

@@ -1,6 +1,7 @@
 //! Who uses a target node: at most one overlay or one job at a time.
 
 use super::nodes::TargetNode;
+use crate::job::Kind;
 use crate::qmp::QmpError;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -9,6 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 pub(super) enum Use {
     /// A job writes to it.
     Job,
+    /// A job reads it.
+    Populate,
     /// It is the `file` of the node of this name.
     FileOf(String),
 }
@@ -53,7 +56,10 @@ impl Drop for Claim {
 
 pub(super) fn busy(name: &str, user: &Use) -> QmpError {
     QmpError::generic(match user {
-        Use::Job => format!("Node '{name}' is busy: block device is in use by block job: backup"),
+        Use::Job => format!("Node '{name}' is busy: block device is in use by block job: {}", Kind::Backup.name()),
+        Use::Populate => {
+            format!("Node '{name}' is busy: block device is in use by block job: {}", Kind::Populate.name())
+        }
         Use::FileOf(parent) => format!("Node '{name}' is busy: node is used as 'file' of '{parent}'"),
     })
 }

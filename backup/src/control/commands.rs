@@ -5,7 +5,9 @@
 //! `dirty-bitmap` for `incremental`; and dotted names of `blockdev-add`.
 
 use super::schema::{EMPTY, Member, Object, Type, object, optional, required};
-use super::{Control, backup, bitmaps, exports, jobs, nodes, objects, points, queries, resize, schema, transaction};
+use super::{
+    Control, backup, bitmaps, exports, jobs, nodes, objects, points, populate, queries, resize, schema, transaction,
+};
 use crate::qmp::{Arguments, QmpError};
 use Type::{Bool, Int, Str};
 use serde_json::Value;
@@ -38,6 +40,7 @@ pub(super) static COMMANDS: &[Command] = &[
     order("block-dirty-bitmap-disable", bitmaps::disable, &BITMAP),
     order("block-dirty-bitmap-enable", bitmaps::enable, &BITMAP),
     order("block-dirty-bitmap-merge", bitmaps::merge, &BITMAP_MERGE),
+    order("block-dirty-bitmap-populate", populate::populate, &POPULATE),
     order("block-dirty-bitmap-remove", bitmaps::remove, &BITMAP),
     order("block-export-add", exports::add, &EXPORT),
     order("block-export-del", exports::delete, &EXPORT_DEL),
@@ -158,7 +161,7 @@ static JOB: Object = object(&[&[required("id", Str)]]);
 
 const JOB_DEVICE: &[Member] = &[required("device", Str)];
 
-const JOB_TYPE: Type = Type::Enum(&["backup"]);
+const JOB_TYPE: Type = Type::Enum(&["backup", "bitmap-populate"]);
 
 static JOB_CHANGE: Object =
     object(&[&[required("id", Str), required("type", JOB_TYPE), required("max-guest-latency", Int)]]);
@@ -248,7 +251,31 @@ static DRIVE_BACKUP: Object = object(&[BACKUP, &[required("target", Str)], PATH]
 
 const PATH: &[Member] = &[optional("format", Str), optional("mode", Type::Enum(&["existing", "absolute-paths"]))];
 
-static RETRY: Object = object(&[&[required("id", Str), optional("target-node", Str), optional("target", Str)], PATH]);
+static RETRY: Object = object(&[
+    &[required("id", Str), optional("target-node", Str), optional("target", Str), optional("compress", Bool)],
+    PATH,
+]);
+
+// ---- populate
+
+static POPULATE: Object = object(&[
+    NAMED,
+    &[
+        optional("job-id", Str),
+        required("pattern", Type::Enum(&["allocation-top", "all", "diff"])),
+        optional("mode", Type::Enum(&["overwrite", "union", "difference"])),
+        optional("image", Str),
+        optional("format", Str),
+        optional("image-node", Str),
+        optional("speed", Int),
+        optional("on-error", ON_ERROR),
+        optional("on-source-error", ON_ERROR),
+        optional("on-target-error", ON_ERROR),
+        optional("auto-finalize", Bool),
+        optional("auto-dismiss", Bool),
+        optional("max-guest-latency", Int),
+    ],
+]);
 
 // ---- transactions
 
@@ -270,6 +297,7 @@ static ACTION: Object = Object {
             "block-dirty-bitmap-enable",
             "block-dirty-bitmap-disable",
             "block-dirty-bitmap-merge",
+            "block-dirty-bitmap-populate",
             "point-add",
             "point-remove",
             "blockdev-backup",
@@ -286,6 +314,7 @@ static ACTION: Object = Object {
             ("block-dirty-bitmap-enable", &ON_BITMAP),
             ("block-dirty-bitmap-disable", &ON_BITMAP),
             ("block-dirty-bitmap-merge", &object(&[&[required("data", Type::Object(&BITMAP_MERGE))]])),
+            ("block-dirty-bitmap-populate", &object(&[&[required("data", Type::Object(&POPULATE))]])),
             ("point-add", &object(&[&[required("data", Type::Object(&POINT_ADD))]])),
             ("point-remove", &object(&[&[required("data", Type::Object(&POINT_REMOVE))]])),
             ("blockdev-backup", &object(&[&[required("data", Type::Object(&BLOCKDEV_BACKUP))]])),

@@ -96,6 +96,24 @@ impl Destination {
         }
     }
 
+    /// Refused in QEMU's words unless what is written there can be compressed; a file that is not opened yet is judged by its
+    /// format, so that none is made in vain.
+    pub(super) fn check_compression(&self, target: Option<&dyn Target>) -> Result<(), QmpError> {
+        let (can, name) = match (target, &self.named) {
+            (Some(target), _) => (target.compresses(), target.name()),
+            (None, Named::Path { path, format, existing }) => {
+                let format = format.as_deref().map(str::parse::<Format>).transpose()?;
+                let raw = format.map_or(!existing, |format| format == Format::Raw);
+                (!raw, path.display().to_string())
+            }
+            (None, Named::Node(_)) => return Ok(()),
+        };
+        match can {
+            true => Ok(()),
+            false => Err(QmpError::generic(format!("Compression is not supported for this drive {name}"))),
+        }
+    }
+
     /// Opens or makes the file, with no lock held; `size` is the disk's. A file that is there already and would be emptied
     /// is left alone unless `overwrite`: that cannot be undone, so it is done last.
     pub(super) fn open(&mut self, control: &Control, size: u64, overwrite: bool) -> Result<(), QmpError> {

@@ -3,7 +3,7 @@
 //! They differ in how they call a job that is not there, and in that `block-job-cancel` spares a paused job.
 
 use super::{Control, done, options};
-use crate::job::{JobError, Jobs};
+use crate::job::{JobError, Jobs, Kind};
 use crate::qmp::{Arguments, QmpError};
 use serde_json::Value;
 
@@ -105,11 +105,11 @@ pub(super) fn block_set_speed(control: &Control, mut arguments: Arguments) -> An
 /// `block-job-change`, which QEMU has for its mirror jobs.
 pub(super) fn block_change(control: &Control, mut arguments: Arguments) -> Answer {
     let id = arguments.string("id")?;
-    arguments.choice("type", &[("backup", ())])?;
+    let kind = arguments.choice("type", &Kind::ALL.map(|kind| (kind.name(), kind)))?;
     let latency = options::guest_latency(&mut arguments)?;
     let limit = latency.ok_or_else(|| arguments.missing("max-guest-latency"))?;
     arguments.finish()?;
-    control.jobs.set_guest_latency(&id, limit).map_err(|error| block_error(&id, error))?;
+    control.jobs.set_guest_latency(&id, kind, limit).map_err(|error| block_error(&id, error))?;
     done()
 }
 

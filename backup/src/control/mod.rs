@@ -3,7 +3,7 @@
 //! `qmp` brings names and arguments, this room knows what they mean. Each command reads all of its arguments before it does
 //! anything; one that is refused leaves nothing behind. Rooms: `commands` (which there are, and what they look like),
 //! `schema` (to tell it), `options` (members that several commands share), `nodes` (disks, and targets as nodes), `bitmaps`,
-//! `backup`, `transaction` (through which every change of bitmaps and every backup goes, alone or with others), `jobs`,
+//! `backup`, `populate`, `transaction` (through which every change of bitmaps and every backup goes, alone or with others), `jobs`,
 //! `queries`, `resize`, `points` (points in time as nodes), `exports` (disks and points over NBD) with
 //! `standing` (the bits of bitmaps that go with them), `objects` (credentials).
 //!
@@ -21,6 +21,7 @@ mod nodes;
 mod objects;
 mod options;
 mod points;
+mod populate;
 mod queries;
 mod resize;
 mod schema;

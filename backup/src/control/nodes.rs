@@ -73,6 +73,8 @@ pub(super) struct TargetNode {
     pub(super) claims: Claims,
     /// The claim on the node beneath, where there is one.
     file: Option<(Arc<TargetNode>, Claim)>,
+    /// Where an `nbd` node connects to.
+    server: Option<options::NbdServer>,
     /// Described within another node, and goes with it.
     inner: bool,
     opened: Mutex<Opened>,
@@ -106,6 +108,19 @@ impl TargetNode {
             Opened::Writable(target) => Ok(Arc::clone(target)),
             Opened::ReadOnly(_) => Err(QmpError::generic("Could not create node: Block node is read-only")),
             Opened::Lent => Err(QmpError::generic(format!("Node '{}' could not be opened again", self.name))),
+        }
+    }
+
+    /// What a job can read, opened anew: nobody may be writing to it.
+    pub(super) fn source(&self, policy: &Policy) -> Result<Arc<dyn Source>, QmpError> {
+        if !matches!(*self.opened(), Opened::ReadOnly(_)) {
+            let text = format!("Node '{}' is open for writing: add it with 'read-only' to read it", self.name);
+            return Err(QmpError::generic(text));
+        }
+        match (&self.server, self.driver) {
+            (Some(server), _) => server.open_to_read(policy),
+            (None, Driver::Qcow2) => Ok(Arc::new(Image::open(&self.path, Format::Qcow2, policy)?)),
+            (None, _) => Ok(Arc::new(Image::open(&self.path, Format::Raw, policy)?)),
         }
     }
 
@@ -273,25 +288,25 @@ fn make(
     }
     // Only a node within another can be without a name.
     let name = name.unwrap_or_default();
-    let (path, opened, file) = match file {
+    let (path, opened, file, server) = match file {
         FileOf::Path(path) => {
             check_kind(driver, &path)?;
             let opened = open(&path, Format::Raw, read_only, &policy)?;
-            (path, opened, None)
+            (path, opened, None, None)
         }
         FileOf::Server(server) => {
             let opened = match read_only {
                 true => Opened::ReadOnly(server.size(&policy)?),
                 false => Opened::Writable(server.open(&policy)?),
             };
-            (server.name().into(), opened, None)
+            (server.name().into(), opened, None, Some(server))
         }
         FileOf::Described(description) if is_protocol(description.driver) => {
             let read_only_below = description.read_only;
             let child = make(control, *description, true, made)?;
             let claim = Claim::take(&child, Use::FileOf(name.clone()))?;
             let opened = borrow(&child, driver, read_only || read_only_below, &policy)?;
-            (child.path.clone(), opened, Some((child, claim)))
+            (child.path.clone(), opened, Some((Arc::clone(&child), claim)), child.server.clone())
         }
         FileOf::Described(_) => return Err(stacked()),
         FileOf::Named(below) => {
@@ -304,7 +319,7 @@ fn make(
             }
             let claim = Claim::take(&child, Use::FileOf(name.clone()))?;
             let opened = borrow(&child, driver, read_only, &policy)?;
-            (child.path.clone(), opened, Some((child, claim)))
+            (child.path.clone(), opened, Some((Arc::clone(&child), claim)), child.server.clone())
         }
     };
     let node = Arc::new(TargetNode {
@@ -314,6 +329,7 @@ fn make(
         read_only: read_only || matches!(opened, Opened::ReadOnly(_)),
         claims: Claims::default(),
         file,
+        server,
         inner,
         opened: Mutex::new(opened),
     });
@@ -397,7 +413,7 @@ pub(super) fn delete(control: &Control, mut arguments: Arguments) -> Result<Valu
         return Err(QmpError::generic(format!("Node {name} is not owned by the monitor")));
     }
     match node.claims.current() {
-        Some(user @ Use::Job) => return Err(busy(&name, &user)),
+        Some(user @ (Use::Job | Use::Populate)) => return Err(busy(&name, &user)),
         Some(Use::FileOf(_)) => return Err(QmpError::generic(format!("Block device {name} is in use"))),
         None => {}
     }

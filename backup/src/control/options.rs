@@ -6,9 +6,10 @@
 use crate::cbw;
 use crate::copy::GUEST_LATENCY;
 use crate::job::{OnError, OnFailure, Settings};
-use crate::nbd::{Address, Client, ClientSettings, NbdTarget};
+use crate::nbd::{Address, Client, ClientSettings, NbdReader, NbdTarget};
 use crate::point::PointOptions;
 use crate::qmp::{Arguments, QmpError};
+use crate::source::Source;
 use crate::target::{Policy, Target};
 use blkmark_bitmap::Granularity;
 use serde_json::{Map, Value};
@@ -72,6 +73,7 @@ pub(super) fn qcow2_options(arguments: &mut Arguments) -> Result<(), QmpError> {
 }
 
 /// An export as `blockdev-add` describes it.
+#[derive(Clone)]
 pub(super) struct NbdServer {
     address: Address,
     export: String,
@@ -119,6 +121,14 @@ impl NbdServer {
     pub(super) fn open(&self, policy: &Policy) -> Result<Arc<dyn Target>, QmpError> {
         match NbdTarget::open(&self.address, &self.export, self.settings, policy) {
             Ok(target) => Ok(Arc::new(target)),
+            Err(error) => Err(QmpError::generic(error.to_string())),
+        }
+    }
+
+    /// Connects, to read it.
+    pub(super) fn open_to_read(&self, policy: &Policy) -> Result<Arc<dyn Source>, QmpError> {
+        match NbdReader::open(&self.address, &self.export, self.settings, policy) {
+            Ok(source) => Ok(Arc::new(source)),
             Err(error) => Err(QmpError::generic(error.to_string())),
         }
     }
@@ -186,6 +196,19 @@ pub(super) fn job_settings(arguments: &mut Arguments) -> Result<Settings, QmpErr
         on_failure: arguments
             .opt_choice("on-failure", &[("reclaim", OnFailure::Reclaim), ("keep", OnFailure::Keep)])?
             .unwrap_or_default(),
+    })
+}
+
+/// The same of a populate, whose two sides are both read; `on-error` is what the proposal had, for either.
+pub(super) fn populate_settings(arguments: &mut Arguments) -> Result<Settings, QmpError> {
+    let either = arguments.opt_choice("on-error", ON_ERRORS)?.unwrap_or_default();
+    Ok(Settings {
+        on_source_error: arguments.opt_choice("on-source-error", ON_ERRORS)?.unwrap_or(either),
+        on_target_error: arguments.opt_choice("on-target-error", ON_ERRORS)?.unwrap_or(either),
+        auto_finalize: arguments.opt_bool("auto-finalize")?.unwrap_or(true),
+        auto_dismiss: arguments.opt_bool("auto-dismiss")?.unwrap_or(true),
+        guest_latency: guest_latency(arguments)?.unwrap_or(GUEST_LATENCY),
+        ..Settings::default()
     })
 }
 

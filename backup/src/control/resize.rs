@@ -78,7 +78,8 @@ fn resize(control: &Control, disk: &Node, size: u64) -> Result<(), QmpError> {
         }
     };
     let changed = |source: std::io::Error| QmpError::generic(format!("Failed to resize '{}': {source}", disk.id));
-    // What would be refused later is refused before the file is touched.
+    // What would be refused later is refused before the file, or a bitmap, is touched.
+    disk.source.may_resize(size).map_err(changed)?;
     follow(control, disk, size, false)?;
     if size >= old {
         // Of the same size too: that of a device is looked at again.

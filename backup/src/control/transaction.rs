@@ -8,8 +8,9 @@
 use super::backup::BackupAction;
 use super::bitmaps::BitmapAction;
 use super::points::{self, PointAction};
+use super::populate::PopulateAction;
 use super::{Control, done};
-use crate::job::{Locked, NewJob};
+use crate::job::{Backup, Locked, NewJob, Work};
 use crate::node::Node;
 use crate::qmp::{Arguments, QmpError};
 use blkmark_bitmap::Commit;
@@ -28,12 +29,16 @@ pub(super) enum Action {
     Point(Box<PointAction>),
     /// A backup job.
     Backup(Box<BackupAction>),
+    /// A populate job.
+    Populate(Box<PopulateAction>),
 }
 
 /// The drafts of a walk: one commit for each disk that an action touched.
 pub(super) struct Stage<'a> {
     control: &'a Control,
     commits: Vec<(&'a Arc<Node>, Commit<'a>)>,
+    /// Disks and names of bitmaps that were added in this walk.
+    made: Vec<(String, String)>,
     /// Whether this walk ends in the commit.
     pub(super) real: bool,
     /// Names of points that the actions so far remove.
@@ -43,7 +48,7 @@ pub(super) struct Stage<'a> {
 impl<'a> Stage<'a> {
     /// Only while the job registry is locked: that is what keeps two stages apart.
     fn new(control: &'a Control, _locked: &Locked<'_>, real: bool) -> Self {
-        Self { control, commits: Vec::new(), real, removed: Vec::new() }
+        Self { control, commits: Vec::new(), made: Vec::new(), real, removed: Vec::new() }
     }
 
     pub(super) fn control(&self) -> &'a Control {
@@ -66,6 +71,16 @@ impl<'a> Stage<'a> {
         &mut self.commits[position].1
     }
 
+    /// Whether bitmap `name` of `disk` is of this transaction's making.
+    pub(super) fn has_made(&self, disk: &Node, name: &str) -> bool {
+        self.made.iter().any(|(node, made)| *node == disk.id && made == name)
+    }
+
+    /// It is.
+    pub(super) fn note_made(&mut self, disk: &Node, name: &str) {
+        self.made.push((disk.id.clone(), name.to_owned()));
+    }
+
     /// The bitmaps of `disk`, as the actions so far leave them.
     pub(super) fn draft(&mut self, disk: &'a Arc<Node>) -> &mut Draft {
         &mut self.commit(disk).draft
@@ -73,12 +88,22 @@ impl<'a> Stage<'a> {
 }
 
 impl Action {
+    /// Whether files are to be opened or made for it, with no lock held.
+    fn opens_a_file(&self) -> bool {
+        match self {
+            Action::Abort | Action::Bitmap(_) => false,
+            Action::Backup(_) | Action::Point(_) => true,
+            Action::Populate(populate) => populate.opens_a_file(),
+        }
+    }
+
     fn read(kind: &Kind, data: &mut Arguments) -> Result<Self, QmpError> {
         Ok(match kind {
             Kind::Abort => Action::Abort,
             Kind::Bitmap(read) => Action::Bitmap(read(data)?),
             Kind::Point(read) => Action::Point(Box::new(read(data)?)),
             Kind::Backup(read) => Action::Backup(Box::new(read(data)?)),
+            Kind::Populate => Action::Populate(Box::new(PopulateAction::read(data)?)),
         })
     }
 }
@@ -89,6 +114,7 @@ enum Kind {
     Bitmap(fn(&mut Arguments) -> Result<BitmapAction, QmpError>),
     Point(fn(&mut Arguments) -> Result<PointAction, QmpError>),
     Backup(fn(&mut Arguments) -> Result<BackupAction, QmpError>),
+    Populate,
 }
 
 /// What can be an action, by its name.
@@ -100,6 +126,7 @@ const KINDS: &[(&str, Kind)] = &[
     ("block-dirty-bitmap-enable", Kind::Bitmap(BitmapAction::read_enable)),
     ("block-dirty-bitmap-disable", Kind::Bitmap(BitmapAction::read_disable)),
     ("block-dirty-bitmap-merge", Kind::Bitmap(BitmapAction::read_merge)),
+    ("block-dirty-bitmap-populate", Kind::Populate),
     ("point-add", Kind::Point(PointAction::read_add)),
     ("point-remove", Kind::Point(PointAction::read_remove)),
     ("blockdev-backup", Kind::Backup(BackupAction::read_blockdev)),
@@ -124,7 +151,8 @@ pub(super) fn transaction(control: &Control, mut arguments: Arguments) -> Result
         properties.finish()?;
     }
     arguments.finish()?;
-    if grouped && let Some((name, _)) = actions.iter().find(|(_, action)| !matches!(action, Action::Backup(_))) {
+    let is_job = |action: &Action| matches!(action, Action::Backup(_) | Action::Populate(_));
+    if grouped && let Some((name, _)) = actions.iter().find(|(_, action)| !is_job(action)) {
         return Err(QmpError::generic(format!(
             "Action '{name}' does not support transaction property completion-mode = grouped"
         )));
@@ -135,7 +163,7 @@ pub(super) fn transaction(control: &Control, mut arguments: Arguments) -> Result
 
 /// Does all of `actions`, or nothing.
 pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) -> Result<(), QmpError> {
-    if actions.iter().any(|action| matches!(action, Action::Backup(_) | Action::Point(_))) {
+    if actions.iter().any(Action::opens_a_file) {
         let locked = control.jobs.lock();
         walk(&mut Stage::new(control, &locked, false), &locked, &mut actions)?;
         drop(locked);
@@ -143,13 +171,15 @@ pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) ->
             match action {
                 Action::Backup(backup) => backup.open_scratch(control)?,
                 Action::Point(point) => point.open_scratch(control)?,
-                Action::Abort | Action::Bitmap(_) => {}
+                Action::Abort | Action::Bitmap(_) | Action::Populate(_) => {}
             }
         }
         for overwrite in [false, true] {
             for action in &mut actions {
-                if let Action::Backup(backup) = action {
-                    backup.open(control, overwrite)?;
+                match action {
+                    Action::Backup(backup) => backup.open(control, overwrite)?,
+                    Action::Populate(populate) => populate.open(control)?,
+                    Action::Abort | Action::Bitmap(_) | Action::Point(_) => {}
                 }
             }
         }
@@ -166,7 +196,7 @@ pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) ->
         match action {
             Action::Backup(backup) => spare.push(backup.spare_scratch()),
             Action::Point(point) => spare.push(point.spare_scratch()),
-            Action::Abort | Action::Bitmap(_) => {}
+            Action::Abort | Action::Bitmap(_) | Action::Populate(_) => {}
         }
     }
     let cut_of = points::cut_of(&disks, &cuts);
@@ -174,12 +204,18 @@ pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) ->
     for action in actions {
         match action {
             Action::Backup(backup) => new.extend(backup.into_job()),
+            Action::Populate(populate) => new.extend(populate.into_job()),
             Action::Point(point) => gone.extend(point.in_force(control, &cut_of)),
             Action::Abort | Action::Bitmap(_) => {}
         }
     }
-    for held in new.iter().map(|job| &job.backup.held).filter(|held| !held.point.is_view()) {
-        held.point.begin(cut_of(&held.node));
+    for job in &new {
+        // A populate reads beside the writes that were in flight: they count as written since.
+        if let Work::Backup(Backup { held, .. }) = &job.work
+            && !held.point.is_view()
+        {
+            held.point.begin(cut_of(&held.node));
+        }
     }
     locked.start(new, grouped);
     drop(locked);
@@ -198,6 +234,10 @@ fn walk<'a>(stage: &mut Stage<'a>, locked: &Locked<'_>, actions: &mut [Action]) 
                 locked.may_start()?;
             }
             Action::Backup(action) => {
+                action.apply(stage)?;
+                locked.may_start()?;
+            }
+            Action::Populate(action) => {
                 action.apply(stage)?;
                 locked.may_start()?;
             }

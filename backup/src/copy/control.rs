@@ -134,6 +134,11 @@ impl CopyControl {
         self.sharing.load(Ordering::Relaxed)
     }
 
+    /// So many bytes there are to be done, by whoever keeps no account of which they are.
+    pub(crate) fn expect(&self, total: u64) {
+        self.change(|flow| flow.total = total);
+    }
+
     pub(super) fn begin(&self, plan: &Bits, total: u64) {
         self.change(|flow| {
             flow.total = total;
@@ -143,7 +148,7 @@ impl CopyControl {
     }
 
     /// These are in the target, or need not be.
-    pub(super) fn done(&self, ranges: &[ByteRange]) {
+    pub(crate) fn done(&self, ranges: &[ByteRange]) {
         let mut flow = self.flow();
         flow.done += ranges.iter().map(|range| range.len()).sum::<u64>();
         if let Some(uncopied) = &mut flow.uncopied {

@@ -14,13 +14,14 @@ use crate::target::Target;
 use blkmark_bitmap::Bits;
 pub use control::CopyControl;
 use deal::Deal;
-use pace::Pace;
+pub(crate) use pace::Pace;
 use std::io;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::Scope;
 use std::time::Duration;
 use thiserror::Error;
+pub(crate) use worker::{STEPS_A_SECOND, yield_to_others};
 use worker::{Shared, Worker};
 
 /// Workers for long runs. More does not help one disk, and each costs a buffer of `CHUNK`.

@@ -41,7 +41,7 @@ const SHARE: f64 = 0.9;
 const LEAST_COST: u64 = 64 << 10;
 
 /// The bound on one copy.
-pub(super) struct Pace<'a> {
+pub(crate) struct Pace<'a> {
     /// Bytes of the largest request.
     chunk: u64,
     /// Bytes under way at most, whatever the guest does.
@@ -73,14 +73,14 @@ struct Governor<'a> {
 
 /// The right to have up to `bytes` under way, until it is given back to [`Pace::leave`].
 #[derive(Clone, Copy)]
-pub(super) struct Permit {
-    pub(super) bytes: u64,
+pub(crate) struct Permit {
+    pub(crate) bytes: u64,
     cost: u64,
 }
 
 impl<'a> Pace<'a> {
     /// For requests of up to `chunk` bytes from `workers` threads. The limit is the control's, at any moment.
-    pub(super) fn new(pulse: Option<&'a Pulse>, control: &'a CopyControl, chunk: u64, workers: u64) -> Self {
+    pub(crate) fn new(pulse: Option<&'a Pulse>, control: &'a CopyControl, chunk: u64, workers: u64) -> Self {
         let ceiling = chunk.saturating_mul(workers);
         let state = Mutex::new(State { busy: 0, governor: None });
         Self { chunk, ceiling, pulse, control, state, changed: Condvar::new() }
@@ -91,7 +91,7 @@ impl<'a> Pace<'a> {
     }
 
     /// Waits until there is room.
-    pub(super) fn enter(&self) -> Permit {
+    pub(crate) fn enter(&self) -> Permit {
         let Some(pulse) = self.pulse else { return Permit { bytes: self.chunk, cost: 0 } };
         let mut state = self.state();
         loop {
@@ -115,7 +115,7 @@ impl<'a> Pace<'a> {
     }
 
     /// What was permitted is over.
-    pub(super) fn leave(&self, permit: Permit) {
+    pub(crate) fn leave(&self, permit: Permit) {
         if permit.cost > 0 {
             self.state().busy -= permit.cost;
             self.changed.notify_one();

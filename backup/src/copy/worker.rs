@@ -20,7 +20,7 @@ use std::time::Instant;
 const HAND: usize = 64;
 
 /// Steps of a copy whose speed is bounded, if clusters are small enough.
-const STEPS_A_SECOND: u64 = 10;
+pub(crate) const STEPS_A_SECOND: u64 = 10;
 
 /// What the target holds where it is about to be written.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -216,7 +216,7 @@ impl<'w, 'a> Worker<'w, 'a> {
 
 /// Tells the kernel that this thread is in no hurry: it does not push others off a processor when it wakes, and where the
 /// disk has a scheduler that knows priorities its requests come after the guest's. It keeps its share of the processors.
-fn yield_to_others() {
+pub(crate) fn yield_to_others() {
     /// `IOPRIO_WHO_PROCESS` with id 0 is this thread; class 2 is best effort, 7 its lowest level (linux/ioprio.h).
     const WHO_THREAD: libc::c_int = 1;
     const LOWEST: libc::c_int = 2 << 13 | 7;

@@ -85,6 +85,8 @@ pub struct Held {
     pub destination: Destination,
     /// What is copied.
     pub content: Content,
+    /// Whether the target is to hold it compressed; it can, if so.
+    pub compress: bool,
     /// Whatever has to be kept while the job is there, for instance the claim on a target node.
     pub claim: Option<Box<dyn Any + Send + Sync>>,
 }
@@ -155,6 +157,7 @@ impl Backup {
             on_fatal(&error);
             Failure::Error(os_text(&error))
         });
+        self.target.set_compression(self.held.compress);
         let copied = accepted.and_then(|()| match self.held.content {
             Content::Wanted => {
                 copy::run(&self.held.point, &plan, &*self.target, control, on_error).map_err(Failure::from)

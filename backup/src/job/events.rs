@@ -3,6 +3,7 @@
 use super::policy::Reaction;
 use super::registry::Entry;
 use super::state::Status;
+use super::work::Kind;
 use crate::copy::Side;
 use crate::qmp::Events;
 use serde_json::{Value, json};
@@ -18,7 +19,7 @@ fn end(entry: &Entry) -> serde_json::Map<String, Value> {
     data.insert("len".into(), len.into());
     data.insert("offset".into(), offset.into());
     data.insert("speed".into(), entry.speed.into());
-    data.insert("type".into(), "backup".into());
+    data.insert("type".into(), entry.kind.name().into());
     data
 }
 
@@ -35,13 +36,14 @@ pub(super) fn cancelled(events: &Events, entry: &Entry) {
 }
 
 pub(super) fn pending(events: &Events, entry: &Entry) {
-    events.emit("BLOCK_JOB_PENDING", json!({ "type": "backup", "id": entry.id() }));
+    events.emit("BLOCK_JOB_PENDING", json!({ "type": entry.kind.name(), "id": entry.id() }));
 }
 
 pub(super) fn error(events: &Events, entry: &Entry, side: Side, reaction: Reaction) {
-    let operation = match side {
-        Side::Source => "read",
-        Side::Target => "write",
+    let operation = match (entry.kind, side) {
+        (Kind::Backup, Side::Target) => "write",
+        // A populate reads both.
+        (Kind::Backup | Kind::Populate, _) => "read",
     };
     let data = json!({ "device": entry.id(), "operation": operation, "action": reaction.name() });
     events.emit("BLOCK_JOB_ERROR", data);

@@ -5,11 +5,12 @@
 //! and takes all gates away, and the events are told, newest job first as QEMU does. A job without a group is a group
 //! of one. Everything here happens under the registry's lock, except for the copying itself.
 
-use super::backup::{Backup, Failure, Held, Outcome};
+use super::backup::{Failure, Outcome};
 use super::events;
 use super::policy::{IoStatus, OnFailure, Reaction};
 use super::registry::{Entry, Inner, Jobs, lock};
 use super::state::Status;
+use super::work::{Far, Held, Work};
 use crate::copy::{Action, Side};
 use crate::node::Node;
 use crate::point::Point;
@@ -39,31 +40,27 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(super) type Spent = Vec<Arc<Point>>;
 
 /// Begins the job's thread. If there is none to be had, what was to be run comes back with its outcome.
-pub(super) fn launch(jobs: &Arc<Jobs>, entry: &Entry, backup: Backup) -> Result<JoinHandle<()>, Box<(Held, Outcome)>> {
+pub(super) fn launch(jobs: &Arc<Jobs>, entry: &Entry, work: Work) -> Result<JoinHandle<()>, Box<(Held, Outcome)>> {
     let (key, control) = (entry.key, Arc::clone(&entry.control));
-    let parcel = Arc::new(Mutex::new(Some(backup)));
+    let parcel = Arc::new(Mutex::new(Some(work)));
     let task = {
         let (jobs, parcel) = (Arc::clone(jobs), Arc::clone(&parcel));
         move || {
-            let Some(backup) = lock(&parcel).take() else { return };
+            let Some(work) = lock(&parcel).take() else { return };
             // A bug in a target must not leave a job that never ends and a bitmap that stays busy.
             let outcome = catch_unwind(AssertUnwindSafe(|| {
                 let decide = |side, error: &io::Error| on_error(&jobs, key, side, error);
-                backup.run(&control, &decide, &|error| on_fatal(&jobs, key, error))
+                work.run(&control, &decide, &|error| on_fatal(&jobs, key, error))
             }))
-            .unwrap_or_else(|_| failed(&backup, "internal error".to_owned()));
-            come_back(&jobs, key, backup.close(), outcome);
+            .unwrap_or_else(|_| work.failed("internal error".to_owned()));
+            come_back(&jobs, key, work.close(), outcome);
         }
     };
     std::thread::Builder::new().name(format!("job-{}", entry.id())).spawn(task).map_err(|error| {
-        let Some(backup) = lock(&parcel).take() else { unreachable!("a thread that was not made took nothing") };
-        let outcome = failed(&backup, format!("could not start the job's thread: {error}"));
-        Box::new((backup.close(), outcome))
+        let Some(work) = lock(&parcel).take() else { unreachable!("a thread that was not made took nothing") };
+        let outcome = work.failed(format!("could not start the job's thread: {error}"));
+        Box::new((work.close(), outcome))
     })
-}
-
-fn failed(backup: &Backup, error: String) -> Outcome {
-    Outcome { result: Err(Failure::Error(error)), uncopied: backup.held.point.clusters() }
 }
 
 /// An error of a read or write: tells of it, and says how to go on. Several workers may fail at the same time; what is
@@ -191,17 +188,18 @@ fn stop(jobs: &Jobs, entry: &mut Entry, force: bool) {
 
 /// A target may hang, a server that no longer answers for one: the thread that is at it cannot see that it is to end.
 fn do_not_wait_for_ever(jobs: &Jobs, entry: &Entry) {
-    let (Some(jobs), Some(target)) = (jobs.me.upgrade(), entry.target.upgrade()) else { return };
+    let Some(jobs) = jobs.me.upgrade() else { return };
     let (key, id) = (entry.key, entry.id().to_owned());
     let watch = move || {
         let at_it = |inner: &mut Inner| inner.entry(key).is_some_and(|entry| entry.outcome.is_none());
         let inner = lock(&jobs.inner);
         let waited = jobs.changed.wait_timeout_while(inner, PATIENCE, at_it);
-        let (inner, waited) = waited.unwrap_or_else(|poisoned| poisoned.into_inner());
+        let (mut inner, waited) = waited.unwrap_or_else(|poisoned| poisoned.into_inner());
+        let far = inner.entry(key).map(|entry| std::mem::replace(&mut entry.far, Far::Nothing));
         drop(inner);
-        if waited.timed_out() {
-            tracing::warn!(job = id, target = target.name(), "was told to end and still waits: interrupted");
-            target.interrupt();
+        if let (true, Some(far)) = (waited.timed_out(), far) {
+            tracing::warn!(job = id, "was told to end and still waits: interrupted");
+            far.interrupt();
         }
     };
     if let Err(error) = std::thread::Builder::new().name("job-patience".to_owned()).spawn(watch) {
@@ -268,11 +266,10 @@ fn conclude(jobs: &Jobs, inner: &mut Inner, members: &[u64], success: bool) -> S
             && let Some(held) = &mut entry.held
         {
             // The point and its bitmap stay as they are; the target is free.
-            held.claim = None;
+            held.give_up_claim();
         } else if let Some(held) = entry.held.take() {
-            // Lets go of what the gate may still hold, and of the claim on the target before anybody hears of the end.
-            held.point.end();
-            spent.push(held.point);
+            // And so of the claim on the target, before anybody hears of the end.
+            spent.extend(held.end());
         }
         if let Some((_, point)) = entry.endless.as_ref() {
             spent.push(Arc::clone(point));
@@ -304,10 +301,9 @@ fn conclude(jobs: &Jobs, inner: &mut Inner, members: &[u64], success: bool) -> S
     spent
 }
 
-/// Whether a failed job leaves its point in time behind. A broken one is of no use to anybody.
+/// Whether a failed job leaves its point in time behind.
 fn keeps(entry: &Entry) -> bool {
-    let whole = |held: &Held| held.point.broken().is_none();
-    entry.settings.on_failure == OnFailure::Keep && entry.held.as_ref().is_some_and(whole)
+    entry.settings.on_failure == OnFailure::Keep && entry.held.as_ref().is_some_and(Held::can_be_kept)
 }
 
 /// Forgets a concluded job; what it kept is reclaimed.
@@ -316,8 +312,7 @@ pub(super) fn dismiss(jobs: &Jobs, inner: &mut Inner, key: u64) -> Spent {
     let mut spent = Spent::new();
     if let Some(entry) = inner.entry(key) {
         if let Some(held) = entry.held.take() {
-            held.point.end();
-            spent.push(held.point);
+            spent.extend(held.end());
         }
         jobs.set_status(entry, Status::Null);
     }
@@ -335,7 +330,8 @@ fn settle(inner: &Inner, members: &[u64], success: bool) {
         .collect();
     let mut nodes: BTreeMap<&str, (&Node, Vec<_>)> = BTreeMap::new();
     for (held, outcome) in jobs {
-        nodes.entry(&held.node.id).or_insert_with(|| (&held.node, Vec::new())).1.push((held, outcome));
+        let node = held.node();
+        nodes.entry(&node.id).or_insert_with(|| (node, Vec::new())).1.push((held, outcome));
     }
     commit_until_done(|| {
         nodes
@@ -343,11 +339,7 @@ fn settle(inner: &Inner, members: &[u64], success: bool) {
             .map(|(node, jobs)| {
                 let mut commit = node.tracker.begin();
                 for (held, outcome) in jobs {
-                    commit.disarm(held.point.gate());
-                    if let Err(error) = held.settle(&mut commit.draft, success, *outcome) {
-                        // Nobody else may end this job's freeze.
-                        tracing::error!(node = node.id, %error, "a bitmap was not as its job had left it");
-                    }
+                    held.settle(&mut commit, success, *outcome);
                 }
                 commit
             })

@@ -1,9 +1,9 @@
 //! Jobs: long work that a command starts and clients watch, steer and wait for.
 //!
-//! `control` prepares a [`Backup`], puts its freeze in force together with everything else of a transaction, and hands it
+//! `control` prepares the [`Work`] (a [`Backup`], a [`Populate`]), puts its freeze in force together with everything else of a transaction, and hands it
 //! to [`Jobs`]. From there on a thread of the job's own copies, and whatever ends it (its work, an error, a command, a
-//! sibling's failure) goes through `life`. Rooms: `state` (the two tables), `policy` (what an error leads to), `backup`
-//! (the work itself), `registry` (who is there, verbs, queries), `life` (from `created` to `null`), `events`.
+//! sibling's failure) goes through `life`. Rooms: `state` (the two tables), `policy` (what an error leads to), `work`
+//! (what kinds there are), `backup` and `populate` (the work itself), `registry` (who is there, verbs, queries), `life` (from `created` to `null`), `events`.
 //!
 //! Invariants: a state changes only as the table in `state` allows, and each change is told once, in order; a bitmap
 //! leaves its freeze in the same commit that takes the point's gate away, one commit for a whole group; `concluded` is
@@ -13,12 +13,16 @@ pub mod backup;
 mod events;
 mod life;
 pub mod policy;
+pub mod populate;
 mod registry;
 pub mod state;
+mod work;
 
 pub use backup::{Backup, BitmapMode, Content, Destination, Failure, Hold};
 pub(crate) use life::commit_until_done;
 pub use policy::{OnError, OnFailure};
+pub use populate::{Pattern, Populate};
 pub(crate) use registry::well_formed;
 pub use registry::{JobError, Jobs, Locked, NewJob, Reservation, Retry, Settings};
 pub use state::{Status, Verb};
+pub use work::{Kind, Work};

@@ -4,9 +4,10 @@
 //! holds it ([`Jobs::lock`]), so that no two commits over several disks can wait for each other. It is never held during
 //! I/O on a target, except for closing one that is already durable; no queue thread ever takes it.
 
-use super::backup::{Backup, Content, Destination, Held, Outcome};
+use super::backup::{self, Backup, Destination, Outcome};
 use super::policy::{IoStatus, OnError, OnFailure};
 use super::state::{Status, Verb};
+use super::work::{Far, Held, Kind, Work};
 use super::{events, life};
 use crate::copy::{CopyControl, GUEST_LATENCY};
 use crate::node::Node;
@@ -64,6 +65,9 @@ pub enum JobError {
     /// Somebody is at it.
     #[error("Job '{0}' is being tried again")]
     Retrying(String),
+    /// It is of another type than the client says.
+    #[error("Job '{0}' is of another type")]
+    OtherKind(String),
     /// The daemon is on its way out.
     #[error("The daemon is shutting down")]
     ShuttingDown,
@@ -126,13 +130,14 @@ pub struct NewJob {
     /// How it is to behave.
     pub settings: Settings,
     /// Its work.
-    pub backup: Backup,
+    pub work: Work,
 }
 
 /// A job, as everybody but its own thread sees it.
 pub(super) struct Entry {
     pub(super) reservation: Reservation,
     pub(super) key: u64,
+    pub(super) kind: Kind,
     pub(super) group: Option<u64>,
     pub(super) settings: Settings,
     pub(super) control: Arc<CopyControl>,
@@ -152,8 +157,8 @@ pub(super) struct Entry {
     pub(super) held: Option<Held>,
     /// A retry is being prepared, without the lock.
     pub(super) retrying: bool,
-    /// Where its thread writes, while it does.
-    pub(super) target: Weak<dyn Target>,
+    /// What its thread may wait for.
+    pub(super) far: Far,
     /// What ends a job that would follow the guest's writes for ever.
     pub(super) endless: Option<(Arc<Node>, Arc<Point>)>,
     /// Bytes of the disk: the length until the plan is known, and of an endless job.
@@ -327,9 +332,12 @@ impl Jobs {
     }
 
     /// Bounds what the guest's requests may take from now on; zero takes the bound away.
-    pub fn set_guest_latency(&self, id: &str, limit: Duration) -> Result<(), JobError> {
+    pub fn set_guest_latency(&self, id: &str, kind: Kind, limit: Duration) -> Result<(), JobError> {
         self.with(id, |_, entry| {
             entry.accept(Verb::Change)?;
+            if entry.kind != kind {
+                return Err(JobError::OtherKind(id.to_owned()));
+            }
             // Its settings too: `job-retry` goes on with them.
             entry.settings.guest_latency = limit;
             entry.control.set_guest_latency(limit);
@@ -362,12 +370,13 @@ impl Jobs {
         let entry = inner.by_id(id)?;
         entry.accept(Verb::Retry)?;
         entry.is_idle()?;
-        let Some(held) = &entry.held else { return Err(JobError::NotKept(id.to_owned())) };
+        let Some(Held::Backup(held)) = &entry.held else { return Err(JobError::NotKept(id.to_owned())) };
         let retry = Retry {
             jobs: Arc::clone(self),
             key: entry.key,
             disk: Arc::clone(&held.node),
             destination: held.destination.clone(),
+            compress: held.compress,
         };
         entry.retrying = true;
         Ok(retry)
@@ -410,7 +419,7 @@ impl Jobs {
             let (offset, len) = entry.progress();
             let mut info = Map::new();
             info.insert("id".into(), entry.id().into());
-            info.insert("type".into(), "backup".into());
+            info.insert("type".into(), entry.kind.name().into());
             info.insert("status".into(), entry.status.name().into());
             info.insert("current-progress".into(), offset.into());
             info.insert("total-progress".into(), len.into());
@@ -431,7 +440,7 @@ impl Jobs {
         let shown = inner.entries.iter().map(|entry| {
             let (offset, len) = entry.progress();
             let mut info = json!({
-                "type": "backup",
+                "type": entry.kind.name(),
                 "device": entry.id(),
                 "len": len,
                 "offset": offset,
@@ -496,6 +505,8 @@ pub struct Retry {
     pub disk: Arc<Node>,
     /// Where the last try went.
     pub destination: Destination,
+    /// Whether it was to be compressed there.
+    pub compress: bool,
 }
 
 impl Drop for Retry {
@@ -530,15 +541,16 @@ impl Locked<'_> {
         &mut self,
         retry: &Retry,
         target: Arc<dyn Target>,
+        compress: bool,
         destination: Destination,
         claim: Option<Box<dyn Any + Send + Sync>>,
     ) {
         let Some(at) = self.inner.entries.iter().position(|entry| entry.key == retry.key) else { return };
         let mut entry = self.inner.entries.remove(at);
-        let Some(held) = entry.held.take() else { return };
+        let Some(Held::Backup(held)) = entry.held.take() else { return };
         // A job of its own in all but its id: whoever watches sees `concluded` become `created`.
-        let backup = Backup { held: Held { destination, claim, ..held }, target };
-        self.start(vec![NewJob { id: entry.reservation, settings: entry.settings, backup }], false);
+        let work = Work::Backup(Backup { held: backup::Held { destination, claim, compress, ..held }, target });
+        self.start(vec![NewJob { id: entry.reservation, settings: entry.settings, work }], false);
     }
 
     /// Starts jobs whose freezes and gates are in force, as one group if `grouped`.
@@ -554,11 +566,11 @@ impl Locked<'_> {
             control.set_speed(job.settings.speed);
             control.set_guest_latency(job.settings.guest_latency);
             control.set_sharing(job.settings.sharing);
-            let backup = job.backup;
-            let endless = backup.held.content == Content::Overwritten;
+            let work = job.work;
             let mut entry = Entry {
                 reservation: job.id,
                 key,
+                kind: work.kind(),
                 group,
                 speed: job.settings.speed,
                 settings: job.settings,
@@ -572,19 +584,19 @@ impl Locked<'_> {
                 outcome: None,
                 held: None,
                 retrying: false,
-                target: Arc::downgrade(&backup.target),
-                endless: endless.then(|| (Arc::clone(&backup.held.node), Arc::clone(&backup.held.point))),
-                size: backup.held.point.size(),
+                far: work.far(),
+                endless: work.endless(),
+                size: work.size(),
                 error: None,
             };
             self.jobs.set_status(&mut entry, Status::Created);
             inner.entries.insert(0, entry);
-            ready.push((key, backup));
+            ready.push((key, work));
         }
-        for (key, backup) in ready.into_iter().rev() {
+        for (key, work) in ready.into_iter().rev() {
             if let Some(entry) = inner.entry(key) {
                 self.jobs.set_status(entry, Status::Running);
-                match life::launch(self.jobs, entry, backup) {
+                match life::launch(self.jobs, entry, work) {
                     Ok(thread) => inner.threads.push(thread),
                     Err(unborn) => self.spent.push(life::finish(self.jobs, inner, key, unborn.0, unborn.1)),
                 }

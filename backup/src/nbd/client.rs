@@ -1,6 +1,6 @@
 //! A connection to an NBD server, on which many threads have requests under way at once.
 //!
-//! Used by `target`. Who makes a request writes it under a lock and waits; one thread reads all replies and wakes whom each
+//! Used by `target` and `reader`. Who makes a request writes it under a lock and waits; one thread reads all replies and wakes whom each
 //! is for. One connection is enough: a server works on the requests of one as it does on those of several, and a flush then
 //! covers everything that was answered before it, whatever the server promises of several connections.
 //!
@@ -10,6 +10,7 @@
 
 use super::address::{Address, Stream, Timed};
 use super::handshake::negotiate;
+use super::payload::Payload;
 use super::protocol::{
     REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, STRING_MAX, STRUCTURED_REPLY_MAGIC, chunk, command, errno_of, shown,
 };
@@ -62,6 +63,8 @@ pub struct ExportInfo {
     pub max_payload: u32,
     /// Whether replies may come in chunks.
     pub structured: bool,
+    /// The number of `base:allocation`, if the server was asked for it and has it.
+    pub allocation: Option<u32>,
 }
 
 impl ExportInfo {
@@ -119,8 +122,8 @@ fn handshake_text(error: &io::Error) -> String {
 /// A request under way.
 enum Waiting {
     /// Not answered; with an error that came ahead of the end of the reply.
-    Open(Option<i32>),
-    Answered(Result<(), i32>),
+    Open(Option<i32>, Payload),
+    Answered(Result<Payload, i32>),
 }
 
 #[derive(Default)]
@@ -138,6 +141,7 @@ struct Shared {
     /// Held by who sends.
     sending: Mutex<()>,
     name: String,
+    structured: bool,
 }
 
 /// A connection in its transmission phase.
@@ -169,12 +173,32 @@ impl Client {
         settings: ClientSettings,
         policy: &Policy,
     ) -> Result<Self, ClientError> {
+        Self::connect_for(address, export, settings, policy, false)
+    }
+
+    /// The same, to read: the server is asked for `base:allocation` too.
+    pub fn connect_to_read(
+        address: &Address,
+        export: &str,
+        settings: ClientSettings,
+        policy: &Policy,
+    ) -> Result<Self, ClientError> {
+        Self::connect_for(address, export, settings, policy, true)
+    }
+
+    fn connect_for(
+        address: &Address,
+        export: &str,
+        settings: ClientSettings,
+        policy: &Policy,
+        allocation: bool,
+    ) -> Result<Self, ClientError> {
         if export.len() > STRING_MAX {
             return Err(ClientError::NameTooLong);
         }
         let give_up = Instant::now() + settings.open;
         loop {
-            match Self::connect_once(address, export, settings, policy) {
+            match Self::connect_once(address, export, settings, policy, allocation) {
                 Err(ClientError::Connect { .. } | ClientError::Lost(_)) if Instant::now() < give_up => {
                     std::thread::sleep(RECONNECT_PAUSE);
                 }
@@ -188,12 +212,13 @@ impl Client {
         name: &str,
         settings: ClientSettings,
         policy: &Policy,
+        allocation: bool,
     ) -> Result<Self, ClientError> {
         let deadline = Instant::now() + settings.handshake;
         let stream = address
             .connect(policy, deadline)
             .map_err(|source| ClientError::Connect { address: address.clone(), source })?;
-        let export = negotiate(Timed::new(&stream, deadline), name)?;
+        let export = negotiate(Timed::new(&stream, deadline), name, allocation)?;
         stream.set_timeouts(None, Some(SEND_TICK))?;
         let shared = Arc::new(Shared {
             stream,
@@ -201,6 +226,7 @@ impl Client {
             answered: Condvar::new(),
             sending: Mutex::default(),
             name: address.url(name),
+            structured: export.structured,
         });
         let reads = Arc::clone(&shared);
         let reader = std::thread::Builder::new().name("nbd-replies".to_owned()).spawn(move || reads.read_replies())?;
@@ -225,8 +251,33 @@ impl Client {
     /// Makes a request, with its payload if it is a write, and waits for the answer. Errors that the server
     /// gave have a `raw_os_error`.
     pub fn request(&self, request: Request, payload: &[u8]) -> io::Result<()> {
+        self.ask(request, payload, Payload::Nothing).map(drop)
+    }
+
+    /// Reads as many bytes at `offset` as `room` has, and gives it back filled. Whole blocks, of at most the longest payload.
+    pub fn read(&self, offset: u64, room: Vec<u8>) -> io::Result<Vec<u8>> {
+        let Ok(len) = u32::try_from(room.len()) else { return Err(io::ErrorKind::InvalidInput.into()) };
+        let request = Request { kind: command::READ, flags: 0, offset, len };
+        match self.ask(request, &[], Payload::data(offset, room))? {
+            Payload::Data { bytes, .. } => Ok(bytes),
+            _ => unreachable!("a payload keeps its kind"),
+        }
+    }
+
+    /// What `base:allocation` says of `len` bytes at `offset`: lengths and flags, at least one, the last perhaps too long. `None`
+    /// if the server does not have it.
+    pub fn allocation(&self, offset: u64, len: u32) -> io::Result<Option<Vec<(u32, u32)>>> {
+        let Some(context) = self.export.allocation else { return Ok(None) };
+        let request = Request { kind: command::BLOCK_STATUS, flags: 0, offset, len };
+        match self.ask(request, &[], Payload::extents(context))? {
+            Payload::Extents { extents, .. } => Ok(Some(extents)),
+            _ => unreachable!("a payload keeps its kind"),
+        }
+    }
+
+    fn ask(&self, request: Request, payload: &[u8], wanted: Payload) -> io::Result<Payload> {
         let deadline = Instant::now() + self.request_time;
-        let cookie = self.shared.register()?;
+        let cookie = self.shared.register(wanted)?;
         let mut head = [0; 28];
         head[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
         head[4..6].copy_from_slice(&request.flags.to_be_bytes());
@@ -245,7 +296,7 @@ impl Client {
             }
         }
         match self.shared.answer(cookie, deadline)? {
-            Ok(()) => Ok(()),
+            Ok(payload) => Ok(payload),
             Err(errno) => {
                 if errno == libc::ESHUTDOWN {
                     self.shared.end("the server is shutting down");
@@ -276,24 +327,24 @@ impl Shared {
         io::Error::new(io::ErrorKind::ConnectionAborted, format!("Connection to '{}' is over: {reason}", self.name))
     }
 
-    fn register(&self) -> io::Result<u64> {
+    fn register(&self, wanted: Payload) -> io::Result<u64> {
         let mut table = self.table();
         if let Some(reason) = &table.broken {
             return Err(self.gone(reason));
         }
         table.last += 1;
         let cookie = table.last;
-        table.waiting.insert(cookie, Waiting::Open(None));
+        table.waiting.insert(cookie, Waiting::Open(None, wanted));
         Ok(cookie)
     }
 
-    fn answer(&self, cookie: u64, deadline: Instant) -> io::Result<Result<(), i32>> {
+    fn answer(&self, cookie: u64, deadline: Instant) -> io::Result<Result<Payload, i32>> {
         let mut table = self.table();
         loop {
-            if let Some(Waiting::Answered(answer)) = table.waiting.get(&cookie) {
-                let answer = *answer;
-                table.waiting.remove(&cookie);
-                return Ok(answer);
+            match table.waiting.remove(&cookie) {
+                Some(Waiting::Answered(answer)) => return Ok(answer),
+                Some(open) => drop(table.waiting.insert(cookie, open)),
+                None => {}
             }
             if let Some(reason) = &table.broken {
                 let error = self.gone(reason);
@@ -334,11 +385,18 @@ impl Shared {
                 let (mut error, mut cookie) = ([0; 4], [0; 8]);
                 replies.read_exact(&mut error)?;
                 replies.read_exact(&mut cookie)?;
-                let error = match u32::from_be_bytes(error) {
-                    0 => None,
-                    error => Some(errno_of(error)),
-                };
-                self.chunk(u64::from_be_bytes(cookie), error, true)
+                let cookie = u64::from_be_bytes(cookie);
+                match u32::from_be_bytes(error) {
+                    0 => {
+                        let mut payload = self.expected(cookie)?;
+                        if self.structured && !payload.is_nothing() {
+                            return Err(fault("a reply without its chunks"));
+                        }
+                        payload.take_all(replies)?;
+                        self.chunk(cookie, payload, None, true)
+                    }
+                    error => self.chunk(cookie, self.expected(cookie)?, Some(errno_of(error)), true),
+                }
             }
             STRUCTURED_REPLY_MAGIC => {
                 let (mut flags, mut kind, mut cookie, mut length) = ([0; 2], [0; 2], [0; 8], [0; 4]);
@@ -347,12 +405,18 @@ impl Shared {
                 replies.read_exact(&mut cookie)?;
                 replies.read_exact(&mut length)?;
                 let done = u16::from_be_bytes(flags) & chunk::DONE != 0;
-                let error = match (u16::from_be_bytes(kind), u32::from_be_bytes(length)) {
-                    (chunk::NONE, 0) if done => None,
-                    (kind, length) if kind & chunk::ERROR_BIT != 0 => Some(self.error_chunk(replies, length)?),
+                let (cookie, length) = (u64::from_be_bytes(cookie), u32::from_be_bytes(length));
+                let mut payload = self.expected(cookie)?;
+                let mut error = None;
+                match u16::from_be_bytes(kind) {
+                    chunk::NONE if length == 0 && done => {}
+                    chunk::OFFSET_DATA => payload.take_data(replies, length)?,
+                    chunk::OFFSET_HOLE => payload.take_hole(replies, length)?,
+                    chunk::BLOCK_STATUS => payload.take_extents(replies, length)?,
+                    kind if kind & chunk::ERROR_BIT != 0 => error = Some(self.error_chunk(replies, length)?),
                     _ => return Err(fault("a reply that fits no request")),
-                };
-                self.chunk(u64::from_be_bytes(cookie), error, done)
+                }
+                self.chunk(cookie, payload, error, done)
             }
             _ => Err(fault("a reply with the wrong magic")),
         }
@@ -376,24 +440,39 @@ impl Shared {
         Ok(errno)
     }
 
+    /// Takes out what is expected of the reply to a request, to be filled with no lock held.
+    fn expected(&self, cookie: u64) -> io::Result<Payload> {
+        match self.table().waiting.get_mut(&cookie) {
+            Some(Waiting::Open(_, payload)) => Ok(std::mem::take(payload)),
+            _ => Err(fault("a reply to no request")),
+        }
+    }
+
     /// Notes what a reply says, and wakes who waits for it if that was all.
-    fn chunk(&self, cookie: u64, error: Option<i32>, done: bool) -> io::Result<()> {
+    fn chunk(&self, cookie: u64, payload: Payload, error: Option<i32>, done: bool) -> io::Result<()> {
         let mut table = self.table();
-        let Some(Waiting::Open(earlier)) = table.waiting.get_mut(&cookie) else {
+        let Some(Waiting::Open(earlier, place)) = table.waiting.get_mut(&cookie) else {
             return Err(fault("a reply to no request"));
         };
         let error = earlier.or(error);
         *earlier = error;
-        if done {
-            table.waiting.insert(cookie, Waiting::Answered(error.map_or(Ok(()), Err)));
-            drop(table);
-            self.answered.notify_all();
+        if !done {
+            *place = payload;
+            return Ok(());
         }
+        let answer = match error {
+            Some(errno) => Err(errno),
+            None if payload.is_whole() => Ok(payload),
+            None => return Err(fault("a reply that is not whole")),
+        };
+        table.waiting.insert(cookie, Waiting::Answered(answer));
+        drop(table);
+        self.answered.notify_all();
         Ok(())
     }
 }
 
-fn fault(text: &str) -> io::Error {
+pub(super) fn fault(text: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("the server is at fault: {text}"))
 }
 

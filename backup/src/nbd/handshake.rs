@@ -30,8 +30,11 @@ fn broken(text: impl Into<String>) -> ClientError {
     ClientError::Protocol(text.into())
 }
 
-/// Takes the export `name` over a connection that was just made.
-pub(super) fn negotiate(stream: impl Read + Write, name: &str) -> Result<ExportInfo, ClientError> {
+/// The metadata context that tells data from zeroes.
+const ALLOCATION: &[u8] = b"base:allocation";
+
+/// Takes the export `name` over a connection that was just made, with its `base:allocation` if that is wanted and there.
+pub(super) fn negotiate(stream: impl Read + Write, name: &str, allocation: bool) -> Result<ExportInfo, ClientError> {
     let mut handshake = Handshake { stream };
     if handshake.u64()? != INIT_MAGIC {
         return Err(broken("the server does not speak NBD"));
@@ -48,7 +51,10 @@ pub(super) fn negotiate(stream: impl Read + Write, name: &str) -> Result<ExportI
     if taken & handshake_flag::FIXED_NEWSTYLE == 0 {
         return handshake.export_name(name, padded, false);
     }
-    let taken = handshake.structured().and_then(|structured| Ok((structured, handshake.go(name, structured)?)));
+    let taken = handshake.structured().and_then(|structured| {
+        let context = if allocation && structured { handshake.allocation(name)? } else { None };
+        Ok((structured, handshake.go(name, structured)?.map(|export| ExportInfo { allocation: context, ..export })))
+    });
     match taken {
         Ok((_, Some(export))) => Ok(export),
         Ok((structured, None)) => handshake.export_name(name, padded, structured),
@@ -117,6 +123,32 @@ impl<S: Read + Write> Handshake<S> {
         }
     }
 
+    /// Chooses `base:allocation`; `None` if the server does not have it for this export.
+    fn allocation(&mut self, name: &str) -> Result<Option<u32>, ClientError> {
+        let mut data = Vec::with_capacity(name.len() + ALLOCATION.len() + 12);
+        data.extend_from_slice(&(name.len() as u32).to_be_bytes());
+        data.extend_from_slice(name.as_bytes());
+        data.extend_from_slice(&1_u32.to_be_bytes());
+        data.extend_from_slice(&(ALLOCATION.len() as u32).to_be_bytes());
+        data.extend_from_slice(ALLOCATION);
+        self.ask(option::SET_META_CONTEXT, &data)?;
+        let mut context = None;
+        loop {
+            let reply = self.reply(option::SET_META_CONTEXT)?;
+            match reply.kind {
+                reply::ACK => return Ok(context),
+                reply::META_CONTEXT if reply.data.get(4..) == Some(ALLOCATION) && context.is_none() => {
+                    context = Some(word(&reply.data, 0));
+                }
+                reply::META_CONTEXT => return Err(broken("a metadata context that was not asked for")),
+                reply::ERR_TLS_REQD | reply::ERR_SHUTDOWN => return Err(refused(&reply)),
+                // Whether there is such an export at all is seen next.
+                kind if kind & reply::ERROR != 0 => return Ok(None),
+                kind => return Err(broken(format!("reply {kind} to an option"))),
+            }
+        }
+    }
+
     /// `None`: the server does not know the option.
     fn go(&mut self, name: &str, structured: bool) -> Result<Option<ExportInfo>, ClientError> {
         let mut data = Vec::with_capacity(name.len() + 8);
@@ -148,7 +180,8 @@ impl<S: Read + Write> Handshake<S> {
         }
         let (size, flags) = about.ok_or_else(|| broken("the server does not tell the export's size"))?;
         let (min_block, preferred_block, max_payload) = sizes.unwrap_or((1, 4096, PAYLOAD_MAX));
-        checked(ExportInfo { size, flags, min_block, preferred_block, max_payload, structured }).map(Some)
+        let allocation = None;
+        checked(ExportInfo { size, flags, min_block, preferred_block, max_payload, structured, allocation }).map(Some)
     }
 
     fn export_name(&mut self, name: &str, padded: bool, structured: bool) -> Result<ExportInfo, ClientError> {
@@ -165,7 +198,15 @@ impl<S: Read + Write> Handshake<S> {
             self.bytes::<PADDING>()?;
         }
         // Servers that say nothing on block sizes take everything, but some want whole sectors.
-        checked(ExportInfo { size, flags, min_block: 512, preferred_block: 4096, max_payload: PAYLOAD_MAX, structured })
+        checked(ExportInfo {
+            size,
+            flags,
+            min_block: 512,
+            preferred_block: 4096,
+            max_payload: PAYLOAD_MAX,
+            structured,
+            allocation: None,
+        })
     }
 }
 

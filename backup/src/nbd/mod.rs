@@ -2,7 +2,8 @@
 //! protocol document of the NBD project (`doc/proto.md`, with its extension of extended headers).
 //!
 //! Nothing here knows of jobs or commands. Rooms: `protocol` (numbers and errors of the wire), `address` (sockets and time
-//! limits); `handshake` and `client` (the client's side), `target` (an export that a backup is written into); `export` (what can
+//! limits); `handshake` and `client` (the client's side), `payload` (what replies bring),
+//! `target` (an export that a backup is written into), `reader` (one that is read, as an older image); `export` (what can
 //! be exported), `negotiate`, `transmission` and `link` (the server's side of one connection), `tls`, `server` (all
 //! connections), `exports` (what blkmark exports).
 //!
@@ -16,7 +17,9 @@ pub mod exports;
 mod handshake;
 mod link;
 mod negotiate;
+mod payload;
 pub mod protocol;
+pub mod reader;
 pub mod server;
 pub mod target;
 pub mod tls;
@@ -26,6 +29,7 @@ pub use address::Address;
 pub use client::{Client, ClientError, ClientSettings, ExportInfo};
 pub use export::{Export, Extent};
 pub use exports::{BitmapExportError, SourceExport};
+pub use reader::NbdReader;
 pub use server::{ExportError, NbdServer, Removal, ServerError, ServerSettings};
 pub use target::NbdTarget;
 pub use tls::{TlsCredentials, TlsError};

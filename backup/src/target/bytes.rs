@@ -123,6 +123,11 @@ impl Bytes {
                 }
             }
         }
+        self.fill_zero(offset, len)
+    }
+
+    /// Writes zeroes, so that the range has its place on the disk.
+    pub fn fill_zero(&self, offset: u64, len: u64) -> io::Result<()> {
         let end = offset + len;
         let mut at = offset;
         while at < end {

@@ -1,24 +1,21 @@
 //! Whether an existing qcow2 may be written at all: a check of its metadata, without repair.
 //!
-//! Called once when a target is opened. `imago` believes the refcounts: over an image whose counts are too low it
-//! allocates clusters that are in use, the header among them, and recurses without end where a refcount block is
-//! missing. So every reference in the image is followed first, and the image is refused unless each cluster in use is
-//! counted, lies in the file, and has one owner (compressed clusters may share one). Clusters that are counted but not
-//! used are harmless. The work is proportional to the metadata, as for `qemu-img check`.
+//! Called once when a target is opened. Every reference in the image is followed, and the image is refused unless each cluster
+//! in use is counted, lies in the file, has one owner (compressed clusters may share one) and may be written in place. What
+//! was found out about who uses what is what the writer begins with: it believes no count. Clusters that are counted but
+//! not used are harmless. The work is proportional to the metadata, as for `qemu-img check`.
 
 use super::bytes::Bytes;
 use super::header::Header;
+use super::qcow2::{COPIED, Counts, Entry, OFFSET, read_table};
 use std::io;
 
-/// An offset in a table entry: bits 9 to 55.
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-const COMPRESSED: u64 = 1 << 62;
-/// 16 TiB in clusters of 64 KiB, and a quarter of a gigabyte to remember them (if all are touched).
+/// 16 TiB in clusters of 64 KiB, and half a gigabyte to remember them (if all are touched).
 const MAX_CLUSTERS: u64 = 1 << 28;
 
 /// In the table of uses: the cluster belongs to one owner alone. The other bits count compressed users.
-const EXCLUSIVE: u8 = 0x80;
-const MOST: u8 = 0x7f;
+const EXCLUSIVE: u16 = 0x8000;
+const MOST: u16 = 0x7fff;
 
 enum Fault {
     Io(io::Error),
@@ -38,60 +35,76 @@ fn damaged<T>(what: String) -> Result<T, Fault> {
 struct Check<'a> {
     bytes: &'a Bytes,
     header: &'a Header,
-    uses: Vec<u8>,
+    uses: Vec<u16>,
+}
+
+/// Who uses what in an image that is sound.
+pub(super) struct Usage {
+    /// Users of each cluster.
+    pub counts: Counts,
+    /// Entries of the refcount table.
+    pub blocks: Vec<u64>,
 }
 
 /// The inner error is the reason for a refusal.
-pub(super) fn check(bytes: &Bytes, header: &Header) -> io::Result<Result<(), String>> {
+pub(super) fn check(bytes: &Bytes, header: &Header) -> io::Result<Result<Usage, String>> {
     match check_all(bytes, header) {
-        Ok(()) => Ok(Ok(())),
+        Ok(usage) => Ok(Ok(usage)),
         Err(Fault::Io(e)) => Err(e),
         Err(Fault::Damaged(reason)) => Ok(Err(reason)),
     }
 }
 
-fn check_all(bytes: &Bytes, header: &Header) -> Result<(), Fault> {
+fn check_all(bytes: &Bytes, header: &Header) -> Result<Usage, Fault> {
+    let geometry = header.geometry;
+    let cluster_size = geometry.cluster();
     if header.snapshots > 0 {
         return Err(Fault::Damaged("Images with internal snapshots are not supported".into()));
     }
-    let clusters = bytes.len()?.div_ceil(header.cluster_size);
+    let clusters = bytes.len()?.div_ceil(cluster_size);
     if clusters > MAX_CLUSTERS {
         return Err(Fault::Damaged("Image file is too long to be checked".into()));
     }
     let mut check = Check { bytes, header, uses: vec![0; clusters as usize] };
     check.own(0, 1, "header")?;
-    let l1_clusters = (header.l1_entries * 8).div_ceil(header.cluster_size);
+    let l1_clusters = (header.l1_entries * 8).div_ceil(cluster_size);
     check.own(header.l1_offset, l1_clusters, "L1 table")?;
     check.own(header.reftable_offset, header.reftable_clusters, "refcount table")?;
-    let blocks = check.table(header.reftable_offset, header.reftable_clusters * header.cluster_size / 8)?;
+    let mut blocks = read_table(bytes, header.reftable_offset, header.reftable_clusters * cluster_size / 8)?;
     for entry in blocks.iter().filter(|entry| **entry != 0) {
         check.own(*entry, 1, "refcount block")?;
     }
-    for entry in check.table(header.l1_offset, header.l1_entries)? {
+    for entry in read_table(bytes, header.l1_offset, header.l1_entries)? {
         if entry & OFFSET != 0 {
-            check.own(entry & OFFSET, 1, "L2 table")?;
-            for entry in check.table(entry & OFFSET, header.cluster_size / 8)? {
+            check.in_place(entry, "L2 table")?;
+            for entry in read_table(bytes, entry & OFFSET, cluster_size / 8)? {
                 check.data(entry)?;
             }
         }
     }
-    check.counted(&blocks)
+    check.counted(&blocks)?;
+    let mut counts = Counts::default();
+    for (cluster, uses) in check.uses.iter().enumerate() {
+        for _ in 0..users(*uses) {
+            counts.add(cluster as u64);
+        }
+    }
+    let last = blocks.iter().rposition(|block| *block != 0).map_or(0, |last| last + 1);
+    blocks.truncate(last);
+    Ok(Usage { counts, blocks })
+}
+
+fn users(uses: u16) -> u16 {
+    if uses == EXCLUSIVE { 1 } else { uses }
 }
 
 impl Check<'_> {
-    fn table(&self, offset: u64, entries: u64) -> Result<Vec<u64>, Fault> {
-        let mut raw = vec![0; (entries * 8) as usize];
-        self.bytes.read_at(&mut raw, offset)?;
-        let entry = |bytes: &[u8; 8]| u64::from_be_bytes(*bytes);
-        Ok(raw.as_chunks::<8>().0.iter().map(entry).collect())
-    }
-
     /// Notes an exclusive use.
     fn own(&mut self, offset: u64, clusters: u64, what: &str) -> Result<(), Fault> {
-        if !offset.is_multiple_of(self.header.cluster_size) {
+        if !offset.is_multiple_of(self.header.geometry.cluster()) {
             return damaged(format!("A {what} is not aligned: {offset:#x}"));
         }
-        let first = offset / self.header.cluster_size;
+        let first = offset / self.header.geometry.cluster();
         for cluster in first..first + clusters {
             match self.uses.get_mut(cluster as usize) {
                 Some(uses) if *uses == 0 => *uses = EXCLUSIVE,
@@ -102,20 +115,23 @@ impl Check<'_> {
         Ok(())
     }
 
-    fn data(&mut self, entry: u64) -> Result<(), Fault> {
-        if entry & COMPRESSED == 0 {
-            return match entry & OFFSET {
-                0 => Ok(()),
-                offset => self.own(offset, 1, "data cluster"),
-            };
+    /// Notes an exclusive use that a table entry says is one: the cluster may be written in place.
+    fn in_place(&mut self, entry: u64, what: &str) -> Result<(), Fault> {
+        if entry & COPIED == 0 {
+            return damaged(format!("A {what} is said to be shared: {:#x}", entry & OFFSET));
         }
-        let shift = 62 - (self.header.cluster_size.trailing_zeros() - 8);
-        let offset = entry & ((1 << shift) - 1);
-        let sectors = ((entry & (COMPRESSED - 1)) >> shift) + 1;
-        let end = (offset & !511) + sectors * 512;
+        self.own(entry & OFFSET, 1, what)
+    }
+
+    fn data(&mut self, entry: u64) -> Result<(), Fault> {
+        let packed = match Entry::decode(entry, self.header.geometry) {
+            Entry::Unmapped | Entry::Zero(None) => return Ok(()),
+            Entry::Zero(Some(_)) | Entry::Plain(_) => return self.in_place(entry, "data cluster"),
+            Entry::Compressed(packed) => packed,
+        };
+        let offset = packed.offset;
         // The last sectors of the last cluster need not be there.
-        let last = (end - 1) / self.header.cluster_size;
-        for cluster in offset / self.header.cluster_size..=last {
+        for cluster in packed.clusters(self.header.geometry) {
             match self.uses.get_mut(cluster as usize) {
                 Some(uses) if *uses & EXCLUSIVE == 0 => *uses = (*uses + 1).min(MOST),
                 Some(_) => {
@@ -132,8 +148,8 @@ impl Check<'_> {
 
     /// Every cluster in use has a refcount that covers its uses.
     fn counted(&self, blocks: &[u64]) -> Result<(), Fault> {
-        let per_block = (self.header.cluster_size << 3 >> self.header.refcount_order) as usize;
-        let mut raw = vec![0; self.header.cluster_size as usize];
+        let per_block = (self.header.geometry.cluster() << 3 >> self.header.refcount_order) as usize;
+        let mut raw = vec![0; self.header.geometry.cluster() as usize];
         for (index, uses) in self.uses.chunks(per_block).enumerate() {
             if uses.iter().all(|uses| *uses == 0) {
                 continue;
@@ -143,7 +159,7 @@ impl Check<'_> {
                 _ => raw.fill(0),
             }
             for (i, uses) in uses.iter().enumerate() {
-                let needed = if *uses == EXCLUSIVE { 1 } else { u64::from(*uses) };
+                let needed = u64::from(users(*uses));
                 if refcount(&raw, i, self.header.refcount_order) < needed {
                     let cluster = index * per_block + i;
                     return damaged(format!("The refcount of cluster {cluster} is too low"));
@@ -155,7 +171,7 @@ impl Check<'_> {
 }
 
 /// Refcounts are big-endian, and those of less than a byte fill it from its low bits.
-fn refcount(block: &[u8], index: usize, order: u32) -> u64 {
+pub(super) fn refcount(block: &[u8], index: usize, order: u32) -> u64 {
     match order {
         0..=2 => {
             let bits = 1 << order;

@@ -1,14 +1,15 @@
 //! What has to be known of a qcow2 header before `imago` may see the file.
 //!
-//! Called before every opening, for reading or writing. imago trusts the sizes of the tables that it allocates, opens
+//! Called before every opening, for reading or writing. imago, which reads, trusts the sizes of the tables that it allocates, opens
 //! encrypted images as if they were plain, and names features by number only; so everything that we do not handle is
 //! refused here, with a reason. Source: the qcow2 specification (QEMU `docs/interop/qcow2.txt`).
 
 use super::bytes::Bytes;
-use super::storage::{FEATURES_AT, UNFINISHED_BIT};
+use super::mark::{FEATURES_AT, UNFINISHED_BIT};
+use super::qcow2::Geometry;
 use std::io;
 
-const MAGIC: u32 = 0x5146_49fb;
+pub(super) const MAGIC: u32 = 0x5146_49fb;
 const LENGTH: usize = 104;
 /// QEMU's own limits for the two tables that are held in memory.
 const MAX_L1_BYTES: u64 = 32 << 20;
@@ -16,7 +17,7 @@ const MAX_REFTABLE_BYTES: u64 = 8 << 20;
 /// Offsets in a file have 56 bits.
 const MAX_OFFSET: u64 = 1 << 56;
 
-const FEATURE_NAMES: u32 = 0x6803_f857;
+pub(super) const FEATURE_NAMES: u32 = 0x6803_f857;
 const NAME_ENTRY: usize = 48;
 
 /// What the caller means to do.
@@ -29,10 +30,8 @@ pub(super) enum Access {
 /// A header that passed.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Header {
-    /// Virtual size in bytes.
-    pub size: u64,
-    /// Cluster size in bytes.
-    pub cluster_size: u64,
+    /// Size of the disk and of a cluster.
+    pub geometry: Geometry,
     /// Where the active L1 table stands.
     pub l1_offset: u64,
     /// Entries of it.
@@ -93,8 +92,7 @@ fn judge(raw: &[u8; LENGTH], access: Access) -> Result<Header, String> {
         return Err(format!("Unsupported refcount width: 2^{refcount_order}"));
     }
     Ok(Header {
-        size,
-        cluster_size,
+        geometry: Geometry { size, cluster_bits },
         l1_offset: be64(raw, 40),
         l1_entries,
         reftable_offset: be64(raw, 48),

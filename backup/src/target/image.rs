@@ -8,7 +8,7 @@ use super::bytes::{Bytes, check_range};
 use super::header::{self, Access};
 use super::place::open_for_reading;
 use super::raw::RawTarget;
-use super::storage::{ImageBytes, ImageFile, keeping_errno};
+use super::storage::{ImageFile, keeping_errno};
 use super::{CreateOptions, Format, Policy, Target, TargetError};
 use crate::file_lock::{self, LockMode};
 use crate::source::{BlockStatus, FileId, Source};
@@ -70,10 +70,6 @@ impl Image {
             _ => Allocation::Data,
         };
         Ok((what, len))
-    }
-
-    pub(super) fn into_parts(self) -> (FormatAccess<ImageFile>, Vec<FileId>) {
-        (self.access, self.ids)
     }
 
     fn clamp(&self, offset: u64, limit: u64) -> io::Result<u64> {
@@ -150,8 +146,7 @@ fn open_layer(
     if format == Format::Qcow2 {
         header::examine(&bytes, Access::Read).map_err(failed)?.map_err(|reason| TargetError::refused(path, reason))?;
     }
-    let image = ImageBytes::new(bytes, false);
-    let storage = ImageFile::new(image, path.display().to_string());
+    let storage = ImageFile::new(bytes, path.display().to_string());
     match format {
         Format::Raw => {
             let raw = keeping_errno(|| Raw::open_image(storage, false)).map_err(failed)?;

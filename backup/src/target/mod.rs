@@ -2,9 +2,9 @@
 //!
 //! Jobs make targets with [`create`] (`drive-backup`) or [`open`] (`mode: existing`, `blockdev-add`), the copy engine
 //! writes them, and the job concludes them. Nothing here knows of bitmaps, points in time or QMP. Rooms: `place` (paths
-//! to descriptors, links refused), `draft` (files that vanish unless kept), `bytes` (whole reads, writes and zeroing of a descriptor), `raw` (with `share`, for
-//! taking blocks of another file), `qcow2` (through
-//! `imago`, with `storage`, `header` and `check` beneath it), `image` (reading chains, flattening them).
+//! to descriptors, links refused), `draft` (files that vanish unless kept), `bytes` (whole reads, writes and zeroing of a
+//! descriptor), `pour` (large writes), `raw` (with `share`, for taking blocks of another file), `qcow2` (with `header`, `check`, `mark` and `deflate` beneath it), `image`
+//! (reading chains through `imago`, with `storage` beneath it; flattening them).
 //!
 //! Invariants: a refused creation leaves nothing behind and an existing file as it was; a target is never a file that
 //! the caller forbids, under whatever name; an error that the kernel gave keeps its `raw_os_error`; a failed fsync is
@@ -12,10 +12,13 @@
 
 mod bytes;
 mod check;
+mod deflate;
 mod draft;
 mod header;
 pub mod image;
+mod mark;
 mod place;
+mod pour;
 mod qcow2;
 mod raw;
 mod share;
@@ -48,6 +51,14 @@ pub trait Target: Send + Sync {
 
     /// Freshly made and without backing: what was not written yet reads as zeroes, so zeroes need not be written.
     fn reads_zero(&self) -> bool;
+
+    /// Whether it can hold data compressed.
+    fn compresses(&self) -> bool {
+        false
+    }
+
+    /// Whether what is written from now on is to be compressed. Only asked of a target that can.
+    fn set_compression(&self, _on: bool) {}
 
     /// It is wanted: where it was made to replace another file, it takes that one's name. To be called before the first write;
     /// until then the other file is as it was.

@@ -2,23 +2,16 @@
 //!
 //! Made by `target::create` and `target::open`. Workers write at once without a lock: the kernel keeps disjoint ranges
 //! apart. The invariant: nothing is ever written outside `0..size`, so neither file nor size changes under a job.
-//!
-//! What is aligned is written past the page cache where the file system can: a backup that fills the cache pushes out what
-//! others read, and the kernel then writes it back in bursts, under which the guest's own requests wait for seconds.
 
 use super::bytes::{Kind, check_range};
 use super::draft::Draft;
+use super::pour::Pour;
 use super::share::Sharing;
 use super::{CreateOptions, Policy, Target, TargetError};
-use crate::buffer::ALIGNMENT;
 use crate::source::FileId;
-use rustix::fs::{Mode, OFlags};
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::os::unix::fs::FileExt;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 
 /// A page: what is written in whole pages needs nothing read.
 const CLUSTER: u64 = 4096;
@@ -30,11 +23,7 @@ pub(super) struct RawTarget {
     reads_zero: bool,
     path: PathBuf,
     ids: [FileId; 1],
-    /// The same file past the page cache; locks and lengths stay with the descriptor of the draft.
-    direct: Option<File>,
-    /// Who writes through the page cache. The kernel lets only one do so at a time, and has the others spin.
-    /// Holds how much of that was not sent to the disk yet.
-    cached: Mutex<u64>,
+    pour: Pour,
     sharing: Sharing,
 }
 
@@ -66,57 +55,9 @@ impl RawTarget {
     fn new(mut draft: Draft, size: u64, reads_zero: bool, path: &Path) -> Self {
         draft.keep();
         let ids = [draft.bytes.id()];
-        let direct = open_direct(draft.bytes.file());
-        Self {
-            draft,
-            size,
-            reads_zero,
-            path: path.to_owned(),
-            ids,
-            direct,
-            cached: Mutex::new(0),
-            sharing: Sharing::default(),
-        }
+        let pour = Pour::new(&draft.bytes);
+        Self { draft, size, reads_zero, path: path.to_owned(), ids, pour, sharing: Sharing::default() }
     }
-
-    fn write_cached(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        let mut waiting = self.cached.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        self.draft.bytes.write_at(buf, offset)?;
-        *waiting += buf.len() as u64;
-        if *waiting >= BEHIND && self.direct.is_some() {
-            *waiting = 0;
-            self.draft.bytes.write_behind();
-        }
-        Ok(())
-    }
-}
-
-/// The kernel's number for tmpfs.
-const TMPFS_MAGIC: u64 = 0x0102_1994;
-
-/// Opens it anew (but on tmpfs, which takes O_DIRECT and has nothing but a page cache), through no name that anybody could have changed. Without /proc, or where the file system refuses, what
-/// there is will do.
-fn open_direct(file: &File) -> Option<File> {
-    if rustix::fs::fstatfs(file).is_ok_and(|system| system.f_type as u64 == TMPFS_MAGIC) {
-        return None;
-    }
-    let flags = OFlags::WRONLY | OFlags::DIRECT | OFlags::CLOEXEC;
-    let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
-    rustix::fs::open(itself, flags, Mode::empty()).ok().map(File::from)
-}
-
-/// Writes that are smaller than this are left to the page cache: scattered over a sparse file, direct ones are slow, since
-/// each allocates for itself, while the cache brings them to the disk in order.
-const SMALL: usize = 128 * 1024;
-
-/// So much in the page cache is sent on its way to the disk at once, and waited for when as much again is there: what is
-/// left for the end, and what the kernel might write in one burst, is no more than twice this.
-const BEHIND: u64 = 128 << 20;
-
-/// Whether it is worth direct I/O, and direct I/O takes it, on any device that Linux knows.
-fn goes_direct(buf: &[u8], offset: u64) -> bool {
-    let aligned = |number: u64| number.is_multiple_of(ALIGNMENT as u64);
-    buf.len() >= SMALL && aligned(buf.as_ptr().addr() as u64) && aligned(buf.len() as u64) && aligned(offset)
 }
 
 impl Target for RawTarget {
@@ -134,14 +75,7 @@ impl Target for RawTarget {
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         check_range(offset, buf.len() as u64, self.size)?;
-        match &self.direct {
-            Some(direct) if goes_direct(buf, offset) => match direct.write_all_at(buf, offset) {
-                // Not on this device, or not this range of it, after all.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.write_cached(buf, offset),
-                done => done,
-            },
-            _ => self.write_cached(buf, offset),
-        }
+        self.pour.write_at(&self.draft.bytes, buf, offset)
     }
 
     fn write_zeroes_at(&self, offset: u64, len: u64) -> io::Result<()> {

@@ -101,6 +101,15 @@ impl Disk {
         self.admitted(offset, bytes.len() as u64, || self.source.file.write_all_at(bytes, offset).unwrap())
     }
 
+    /// A write that is admitted, and that reaches the disk only when `go` comes back.
+    pub fn write_slowly(&self, offset: u64, bytes: &[u8], go: impl FnOnce()) {
+        let write = || {
+            go();
+            self.source.file.write_all_at(bytes, offset).unwrap();
+        };
+        assert!(self.admitted(offset, bytes.len() as u64, write), "the write was refused");
+    }
+
     /// A write that is admitted, and then fails without having written anything.
     pub fn ask(&self, offset: u64, len: u64) {
         assert!(self.admitted(offset, len, || ()), "the write was refused");

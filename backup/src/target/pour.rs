@@ -1,0 +1,79 @@
+//! Large writes into a file, past the page cache where the file system can.
+//!
+//! Used by both formats for what a backup consists of. A backup that fills the page cache pushes out what others read, and the
+//! kernel then writes it back in bursts, under which the guest's own requests wait for seconds.
+
+use super::bytes::Bytes;
+use crate::buffer::ALIGNMENT;
+use rustix::fs::{Mode, OFlags};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
+
+/// The kernel's number for tmpfs, which takes O_DIRECT and has nothing but a page cache.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+
+/// Writes that are smaller than this are left to the page cache: scattered over a sparse file, direct ones are slow, since
+/// each allocates for itself, while the cache brings them to the disk in order.
+const SMALL: usize = 128 * 1024;
+
+/// So much in the page cache is sent on its way to the disk at once, and waited for when as much again is there: what is
+/// left for the end, and what the kernel might write in one burst, is no more than twice this.
+const BEHIND: u64 = 128 << 20;
+
+/// A file that much is written to.
+pub(super) struct Pour {
+    /// The same file past the page cache; locks and lengths stay with the other descriptor.
+    direct: Option<File>,
+    /// Who writes through the page cache. The kernel lets only one do so at a time, and has the others spin.
+    /// Holds how much of that was not sent to the disk yet.
+    cached: Mutex<u64>,
+}
+
+impl Pour {
+    pub fn new(bytes: &Bytes) -> Self {
+        Self { direct: open_direct(bytes.file()), cached: Mutex::new(0) }
+    }
+
+    /// Writes all of `buf`.
+    pub fn write_at(&self, bytes: &Bytes, buf: &[u8], offset: u64) -> io::Result<()> {
+        match &self.direct {
+            Some(direct) if goes_direct(buf, offset) => match direct.write_all_at(buf, offset) {
+                // Not on this device, or not this range of it, after all.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.write_cached(bytes, buf, offset),
+                done => done,
+            },
+            _ => self.write_cached(bytes, buf, offset),
+        }
+    }
+
+    fn write_cached(&self, bytes: &Bytes, buf: &[u8], offset: u64) -> io::Result<()> {
+        let mut waiting = self.cached.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        bytes.write_at(buf, offset)?;
+        *waiting += buf.len() as u64;
+        if *waiting >= BEHIND && self.direct.is_some() {
+            *waiting = 0;
+            bytes.write_behind();
+        }
+        Ok(())
+    }
+}
+
+/// Opens it anew, through no name that anybody could have changed. Without /proc, or where the file system refuses, what
+/// there is will do.
+fn open_direct(file: &File) -> Option<File> {
+    if rustix::fs::fstatfs(file).is_ok_and(|system| system.f_type as u64 == TMPFS_MAGIC) {
+        return None;
+    }
+    let flags = OFlags::WRONLY | OFlags::DIRECT | OFlags::CLOEXEC;
+    let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
+    rustix::fs::open(itself, flags, Mode::empty()).ok().map(File::from)
+}
+
+/// Whether it is worth direct I/O, and direct I/O takes it, on any device that Linux knows.
+fn goes_direct(buf: &[u8], offset: u64) -> bool {
+    let aligned = |number: u64| number.is_multiple_of(ALIGNMENT as u64);
+    buf.len() >= SMALL && aligned(buf.as_ptr().addr() as u64) && aligned(buf.len() as u64) && aligned(offset)
+}
