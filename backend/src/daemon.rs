@@ -2,10 +2,11 @@
 //!
 //! Start: every disk is opened and locked before the first socket exists, so a daemon that cannot start leaves nothing
 //! behind. End: jobs are cancelled and their bitmaps reclaimed, the control socket closes, every accepted request is
-//! finished, the disks are synced.
+//! finished, the disks are synced, the bitmap stores are closed.
 
-use crate::config::{Bitmaps, DiskOptions, ServeOptions, SocketSpec};
+use crate::config::{DiskOptions, ServeOptions, SocketSpec};
 use crate::disk::{DiskFile, OpenOptions};
+use crate::persistence;
 use crate::session::{Endpoint, Session};
 use crate::write_path::{ServedDisk, ThreadOptions};
 use anyhow::{Context, Result, bail};
@@ -59,8 +60,16 @@ impl Daemon {
     pub fn start(options: &ServeOptions) -> Result<Self> {
         let mut opened = Vec::new();
         for disk in &options.disks {
-            opened.push((disk, open(disk, options).with_context(|| format!("disk '{}'", disk.id))?));
+            match open(disk, options).with_context(|| format!("disk '{}'", disk.id)) {
+                Ok(disk_and_node) => opened.push((disk, disk_and_node)),
+                Err(error) => return Err(give_back(&opened, error)),
+            }
         }
+        let served: Vec<_> = opened.iter().map(|(_, (served, _))| Arc::clone(served)).collect();
+        Self::start_opened(options, opened).inspect_err(|_| served.iter().for_each(|served| give_back_one(served)))
+    }
+
+    fn start_opened(options: &ServeOptions, opened: Vec<(&DiskOptions, OpenedDisk)>) -> Result<Self> {
         let mut endpoints = Vec::new();
         for (disk, _) in &opened {
             endpoints.push(endpoint(&disk.socket).with_context(|| format!("disk '{}'", disk.id))?);
@@ -136,13 +145,29 @@ impl Daemon {
         let mut failed = Vec::new();
         for disk in self.disks {
             disk.session.join();
-            if !disk.served.disk().read_only()
-                && let Err(error) = disk.served.disk().sync()
-            {
-                failed.push(format!("could not sync '{}': {error}", disk.served.disk().path().display()));
+            let file = disk.served.disk();
+            let synced = if file.read_only() { Ok(()) } else { file.sync_all() };
+            match synced {
+                Ok(()) => failed.extend(persistence::close(disk.served.tracker(), file)),
+                // Nor are the bitmaps closed: they go by what was marked, as after a crash.
+                Err(error) => failed.push(format!("could not sync '{}': {error}", file.path().display())),
             }
         }
         if failed.is_empty() { Ok(()) } else { bail!(failed.join("; ")) }
+    }
+}
+
+type OpenedDisk = (Arc<ServedDisk>, Arc<Node>);
+
+/// A start that fails leaves clean stores behind.
+fn give_back(opened: &[(&DiskOptions, OpenedDisk)], error: anyhow::Error) -> anyhow::Error {
+    opened.iter().for_each(|(_, (served, _))| give_back_one(served));
+    error
+}
+
+fn give_back_one(served: &ServedDisk) {
+    if let Some(failed) = persistence::close(served.tracker(), served.disk()) {
+        tracing::error!(disk = served.id(), failed, "its bitmap store was not closed");
     }
 }
 
@@ -190,10 +215,7 @@ fn endpoint(socket: &SocketSpec) -> Result<Endpoint> {
     }
 }
 
-fn open(disk: &DiskOptions, options: &ServeOptions) -> Result<(Arc<ServedDisk>, Arc<Node>)> {
-    if let Bitmaps::At(_) = disk.bitmaps {
-        bail!("bitmaps=PATH: this version keeps bitmaps in memory only; leave the key out");
-    }
+fn open(disk: &DiskOptions, options: &ServeOptions) -> Result<OpenedDisk> {
     let open = OpenOptions { path: disk.path.clone(), read_only: disk.read_only, direct: disk.direct };
     let file = match disk.null {
         Some(size) => DiskFile::null(size, disk.read_only).context("no memory for a null disk")?,
@@ -206,8 +228,9 @@ fn open(disk: &DiskOptions, options: &ServeOptions) -> Result<(Arc<ServedDisk>, 
         memory: SCRATCH_MEMORY,
     };
     let serial = disk.serial.as_deref().unwrap_or(&disk.id);
+    let place = persistence::place(disk, &file, options.runtime_dir.as_deref())?;
     let threads = ThreadOptions { cpus: disk.cpus.clone(), spin: disk.poll };
-    let served = ServedDisk::new(&disk.id, Arc::clone(&file), serial, disk.queues, disk.queue_size, threads);
+    let served = ServedDisk::new(&disk.id, Arc::clone(&file), serial, disk.queues, disk.queue_size, threads, place);
     let served = Arc::new(served);
     let node = Node::new(&disk.id, &disk.path, disk.read_only, Arc::clone(served.tracker()), file, scratch);
     let node = node.shown_by(Arc::clone(&served) as _);

@@ -7,6 +7,7 @@ pub mod device;
 pub mod disk;
 pub mod frontend;
 pub mod memory;
+pub mod persistence;
 pub mod session;
 pub mod vring;
 pub mod write_path;

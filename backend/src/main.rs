@@ -21,6 +21,7 @@ fn main() -> ExitCode {
             Err(failure) => fail(&failure),
         },
         Some(Command::Demo(args)) => demo(args, cli.json),
+        Some(Command::Store(args)) => cli::look_into(&cli, args),
         Some(Command::Client(command)) => cli::run(&cli, command),
         None => Cli::command().error(clap::error::ErrorKind::MissingSubcommand, "a command is missing").exit(),
     }

@@ -106,7 +106,7 @@ fn a_misuse_of_bitmaps_changes_nothing() {
         (json!({ "node": "d0", "name": long }), &too_long),
         (
             json!({ "node": "d0", "name": "p", "persistent": true }),
-            "persistent bitmaps need a store, which this version does not have",
+            "This disk has no bitmap store (bitmaps=off): only bitmaps with 'persistent': false",
         ),
     ];
     refuses(&lab, "block-dirty-bitmap-add", &add);

@@ -261,6 +261,16 @@ fn answers_and_events_are_as_declared() {
                 | "query-named-block-nodes" => {
                     schema.check(returns, &lab.ok(&command, json!({})), &command);
                 }
+                "query-checkpoints" => schema.check(returns, &lab.ok(&command, json!({})), &command),
+                "query-block-dirty-bitmap" => {
+                    let page = json!({ "node": "d0", "name": "b", "limit": 1 });
+                    schema.check(returns, &lab.ok(&command, page), &command);
+                }
+                "query-changes" => {
+                    for to in [json!({ "node": "d0", "from": "c" }), json!({ "node": "d0", "from": "c", "to": "d" })] {
+                        schema.check(returns, &lab.ok(&command, to), &command);
+                    }
+                }
                 "x-debug-block-dirty-bitmap-sha256" => {
                     schema.check(returns, &lab.ok(&command, json!({ "node": "d0", "name": "b" })), &command);
                 }
@@ -269,6 +279,10 @@ fn answers_and_events_are_as_declared() {
         }
     };
     lab.ok("block-dirty-bitmap-add", json!({ "node": "d0", "name": "b" }));
+    for name in ["c", "d"] {
+        lab.ok("checkpoint-create", json!({ "name": name }));
+    }
+    lab.ok("point-add", json!({ "node": "d1", "name": "p" }));
     look(&lab);
     lab.disks[0].dirty(0..4, 1);
     lab.raw_target("t", 4 * MIB);
@@ -441,7 +455,20 @@ fn all_that_is_declared_is_declared_so_in_qemu() {
 }
 
 /// What QEMU has no command for.
-const OUR_OWN: &[&str] = &["block-dirty-bitmap-populate", "job-retry", "point-add", "point-remove"];
+const OUR_OWN: &[&str] = &[
+    "block-dirty-bitmap-abdicate",
+    "block-dirty-bitmap-create-successor",
+    "block-dirty-bitmap-populate",
+    "block-dirty-bitmap-reclaim",
+    "checkpoint-create",
+    "checkpoint-delete",
+    "job-retry",
+    "point-add",
+    "point-remove",
+    "query-block-dirty-bitmap",
+    "query-changes",
+    "query-checkpoints",
+];
 
 const ONLY_HERE: &[&str] = &[
     "block-job-change.max-guest-latency: only here",
@@ -456,11 +483,17 @@ const ONLY_HERE: &[&str] = &[
     "drive-backup.on-failure: only here",
     "query-block-jobs:.max-guest-latency: only here",
     "query-block:.inserted.dirty-bitmaps.freeze-id: only here",
+    "query-block:.inserted.dirty-bitmaps.frozen-by: only here",
     "query-block:.inserted.dirty-bitmaps.frozen: only here",
     "query-block:.inserted.point: only here",
     "query-block:.inserted.scratch: only here",
     "query-jobs:.kept: only here",
+    "transaction.actions.type: \"block-dirty-bitmap-abdicate\"",
+    "transaction.actions.type: \"block-dirty-bitmap-create-successor\"",
     "transaction.actions.type: \"block-dirty-bitmap-populate\"",
+    "transaction.actions.type: \"block-dirty-bitmap-reclaim\"",
+    "transaction.actions.type: \"checkpoint-create\"",
+    "transaction.actions.type: \"checkpoint-delete\"",
     "transaction.actions.type: \"point-add\"",
     "transaction.actions.type: \"point-remove\"",
 ];

@@ -396,7 +396,10 @@ fn an_image_whose_refcounts_lie_is_not_written() {
     let (block, l2) = (offset(reftable), offset(l1));
     let data = offset(l2) / 65536;
     let far = (0xffff_0000_0000u64 | 1 << 63).to_be_bytes();
-    let cases: [(usize, &[u8]); 8] = [
+    let cases: [(usize, &[u8]); 10] = [
+        // A data cluster and an L2 table that may not be written in place, since they are said to have other users.
+        (l2, &[0]),
+        (l1, &[0]),
         // No count for the header, for a data cluster, for anything.
         (block, &[0, 0]),
         (block + 2 * data, &[0, 0]),

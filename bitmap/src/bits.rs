@@ -116,6 +116,32 @@ impl Bits {
         self.blocks.iter().enumerate().flat_map(move |(at, summary)| noted(at, *summary, words))
     }
 
+    /// The blocks that hold bits, each with its number and up to 64 words: what there is to be written down.
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = (u64, &[u64])> {
+        let blocks = self.touched().map(|words| ((words.start / BLOCK) as u64, &self.words[words]));
+        blocks.filter(|(_, words)| words.iter().any(|word| *word != 0))
+    }
+
+    /// Puts a block that [`Bits::blocks`] gave back. `false`: it has a place or bits that this set does not have.
+    pub(crate) fn put_block(&mut self, block: u64, words: &[u64]) -> bool {
+        let bits = self.granularity.bits_for(self.size);
+        let Some(first) = usize::try_from(block).ok().and_then(|block| block.checked_mul(BLOCK)) else { return false };
+        let expected = self.words.len().saturating_sub(first).min(BLOCK);
+        if expected == 0 || words.len() != expected {
+            return false;
+        }
+        for (word, value) in (first..).zip(words) {
+            let room = bits.saturating_sub(word as u64 * WORD).min(WORD);
+            if room < WORD && value >> room != 0 {
+                return false;
+            }
+            if *value != 0 {
+                self.set_in_word(word, *value);
+            }
+        }
+        true
+    }
+
     /// Sets the bits of `mask` in word `word`; none of them may lie past the end.
     pub(crate) fn set_in_word(&mut self, word: usize, mask: u64) {
         self.words[word] |= mask;

@@ -76,10 +76,12 @@ impl Checkpoints {
     }
 
     /// The draft comes into force; only the last one records on.
-    pub(crate) fn settle(&mut self, closed: Option<&Arc<LiveMap>>) {
+    pub(crate) fn settle(&mut self, cut: bool, closed: Option<&Arc<LiveMap>>) {
         let last = self.0.len().saturating_sub(1);
         for (at, checkpoint) in self.0.iter_mut().enumerate() {
-            checkpoint.layers.close(closed);
+            if cut {
+                checkpoint.layers.close(closed);
+            }
             checkpoint.layers.record(at == last);
             checkpoint.layers.compact();
         }
@@ -115,6 +117,7 @@ impl Draft {
             return Err(BitmapError::CheckpointExists(mark.name));
         }
         let size = self.size();
+        self.end_generation();
         self.checkpoints.0.push(Checkpoint { mark, size, layers: Layers::empty(granularity, size) });
         Ok(())
     }
@@ -122,6 +125,7 @@ impl Draft {
     /// Forgets a checkpoint. What was written since it counts as written since the one before, if there is one.
     pub fn remove_checkpoint(&mut self, name: &str) -> Result<(), BitmapError> {
         let at = self.checkpoints.position(name)?;
+        self.end_generation();
         let gone = self.checkpoints.0.remove(at);
         if let Some(before) = at.checked_sub(1) {
             self.checkpoints.0[before].layers.absorb(&gone.layers);

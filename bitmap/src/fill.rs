@@ -35,6 +35,8 @@ impl Draft {
 
     /// Ends freeze `id`: the bitmap holds what `mask` says of what it held and of `found`, and all that was written since.
     pub fn fill(&mut self, name: &str, id: Uuid, found: &Bits, mask: Mask) -> Result<(), BitmapError> {
+        // What was written since has to be in a closed generation: a disabled bitmap records no longer.
+        self.end_generation();
         let (bitmap, frozen) = self.thaw(name, id)?;
         bitmap.for_job = false;
         match mask {

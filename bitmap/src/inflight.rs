@@ -110,6 +110,12 @@ pub(crate) struct Watched {
     range: ByteRange,
 }
 
+impl Watched {
+    pub(crate) fn range(&self) -> ByteRange {
+        self.range
+    }
+}
+
 /// All that a cut needs of one disk's lanes, shared by the tracker and the cuts that were made of it.
 pub(crate) struct Lanes {
     pub(crate) slots: Box<[Slots]>,

@@ -12,13 +12,16 @@ use std::sync::Arc;
 /// How many closed generations may pile up before they are folded.
 const FOLD_AT: usize = 8;
 
+/// A closed generation, and at which granularity it counts.
+pub(crate) type Closed = (Arc<LiveMap>, Granularity);
+
 /// A set of dirty bytes, written as a union.
 #[derive(Clone, Debug)]
 pub(crate) struct Layers {
     granularity: Granularity,
     size: u64,
     base: Option<Arc<Bits>>,
-    closed: Vec<(Arc<LiveMap>, Granularity)>,
+    closed: Vec<Closed>,
     /// At which granularities the generation that is still being written belongs to this set; empty: not at all.
     current: Vec<Granularity>,
 }
@@ -42,6 +45,16 @@ impl Layers {
         if on {
             self.current.push(self.granularity);
         }
+    }
+
+    /// What it holds but for the current generation: a base, and closed generations with the granularity of each.
+    pub(crate) fn parts(&self) -> (Option<&Arc<Bits>>, &[Closed]) {
+        (self.base.as_ref(), &self.closed)
+    }
+
+    /// Nothing but `base`.
+    pub(crate) fn of(base: Arc<Bits>) -> Self {
+        Self { base: Some(Arc::clone(&base)), ..Self::empty(base.granularity(), base.size()) }
     }
 
     /// The current generation is closed, and named here if it belongs to this set.
@@ -131,9 +144,11 @@ impl Layers {
         bits
     }
 
-    /// Folds closed generations into a new base once there are many. The old record stays whole until it is replaced.
+    /// Folds closed generations into a new base once there are many, or if one is of another size: what a disk loses at its end must
+    /// not be back when it grows again. The old record stays whole until it is replaced.
     pub(crate) fn compact(&mut self) {
-        if self.closed.len() >= FOLD_AT {
+        let resized = |(generation, _): &Closed| generation.size() != self.size;
+        if self.closed.len() >= FOLD_AT || self.closed.iter().any(resized) {
             let current = std::mem::take(&mut self.current);
             let base = self.bits(None);
             *self = Self {

@@ -9,9 +9,10 @@
 //! - [`checkpoints`]: points in time that are named for change tracking alone.
 //! - [`named`]: named bitmaps and their states, as drafts that a commit puts in force.
 //! - [`fill`]: how what a job found out gets into a bitmap.
+//! - [`store`]: what survives the process, and the machine. `upkeep`: what is done for it meanwhile.
 //! - [`tracker`]: one disk's marking. [`flip`]: one instant for many disks.
 //!
-//! Invariants I1 and I2 of `ARCHITECTURE.md` live here, and the half of I3 that waits for writes of before a cut.
+//! Invariants I1, I2 and I4 of `ARCHITECTURE.md` live here, and the half of I3 that waits for writes of before a cut.
 
 pub mod admission;
 pub mod bits;
@@ -23,17 +24,20 @@ pub mod inflight;
 mod layers;
 pub mod live;
 pub mod named;
+pub mod store;
 pub mod sync;
 pub mod tracker;
 pub mod units;
+mod upkeep;
 
 pub use bits::Bits;
 pub use checkpoints::{CheckpointInfo, CheckpointMark};
 pub use fill::Mask;
-pub use flip::{Commit, commit};
+pub use flip::{Commit, CommitError, commit};
 pub use gate::{Gate, Resume, Verdict};
 pub use inflight::PreCut;
 pub use live::LiveMap;
 pub use named::{BitmapError, BitmapInfo, Frozen, Owner};
+pub use store::StoreError;
 pub use tracker::{Lane, Tracker};
 pub use units::{ByteRange, Granularity, SECTOR};

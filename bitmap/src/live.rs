@@ -5,15 +5,56 @@
 //! section (`admission`); a reader beside live marking (a query) sees a subset that only grows.
 
 use crate::bits::{Bits, note, noted, pieces, summary_for, words_for};
+#[cfg(not(any(loom, shuttle)))]
+use crate::store::mapping::Mapping;
 use crate::sync::{AtomicU64, Ordering};
 use crate::units::{ByteRange, Granularity};
 use std::fmt;
+use std::ops::Deref;
+#[cfg(not(any(loom, shuttle)))]
+use std::sync::Arc;
+
+/// The words of a live map: memory of this process, or of a file on tmpfs that outlives it. Either way a pointer and a
+/// length, so that marking costs the same.
+struct Words {
+    first: *const AtomicU64,
+    count: usize,
+    _owner: Owner,
+}
+
+#[allow(dead_code, reason = "kept for what it owns")]
+enum Owner {
+    Process(Box<[AtomicU64]>),
+    #[cfg(not(any(loom, shuttle)))]
+    Mapping(Arc<Mapping>),
+}
+
+// SAFETY: what it points to are atomics that live as long as `_owner`, which is bound to no thread.
+unsafe impl Send for Words {}
+// SAFETY: likewise; atomics may be shared.
+unsafe impl Sync for Words {}
+
+impl Words {
+    fn own(words: Box<[AtomicU64]>) -> Self {
+        Self { first: words.as_ptr(), count: words.len(), _owner: Owner::Process(words) }
+    }
+}
+
+impl Deref for Words {
+    type Target = [AtomicU64];
+
+    #[inline]
+    fn deref(&self) -> &[AtomicU64] {
+        // SAFETY: `_owner` has `count` words from `first` on, does not move them, and is dropped with `self` alone.
+        unsafe { std::slice::from_raw_parts(self.first, self.count) }
+    }
+}
 
 /// Dirty bits shared by all writers of one disk.
 pub struct LiveMap {
     granularity: Granularity,
     size: u64,
-    words: Box<[AtomicU64]>,
+    words: Words,
     /// One bit a block of words that may hold a bit, as in [`Bits`].
     blocks: Box<[AtomicU64]>,
 }
@@ -34,12 +75,31 @@ impl LiveMap {
     /// No bit set.
     pub fn new(granularity: Granularity, size: u64) -> Self {
         let words = words_for(granularity, size);
-        Self { granularity, size, words: zeroed(words), blocks: zeroed(summary_for(words)) }
+        Self { granularity, size, words: Words::own(zeroed(words)), blocks: zeroed(summary_for(words)) }
+    }
+
+    /// Bytes of the words of a map.
+    pub(crate) fn bytes_for(granularity: Granularity, size: u64) -> u64 {
+        words_for(granularity, size) as u64 * 8
+    }
+
+    /// No bit set, with the words in `mapping` from byte `at` on, which are zero.
+    #[cfg(not(any(loom, shuttle)))]
+    pub(crate) fn mapped(granularity: Granularity, size: u64, mapping: Arc<Mapping>, at: usize) -> Self {
+        let count = words_for(granularity, size);
+        let first = mapping.words(at, count);
+        let words = Words { first, count, _owner: Owner::Mapping(mapping) };
+        Self { granularity, size, words, blocks: zeroed(summary_for(count)) }
     }
 
     /// Bytes a bit stands for.
     pub fn granularity(&self) -> Granularity {
         self.granularity
+    }
+
+    /// Bytes of the disk that it was made for.
+    pub fn size(&self) -> u64 {
+        self.size
     }
 
     fn clamp(&self, range: ByteRange) -> std::ops::Range<u64> {

@@ -8,6 +8,11 @@
 //! |---|---|---|
 //! | recording or not | add, enable, disable | all of the others at the same time |
 //! | frozen (busy) | freeze, by a job or by a client | read; abdicate or reclaim by the same end it |
+//! | persistent | keep, at its birth | all of the others |
+//! | inconsistent | the store, when it cannot tell what was written | removed |
+//!
+//! A draft notes what its commit has to do: whether it needs a new generation (what counts from the commit on is not what
+//! counted before it), and whether the store has to know.
 
 use crate::bits::Bits;
 use crate::checkpoints::Checkpoints;
@@ -46,6 +51,9 @@ pub enum BitmapError {
     /// A job or an export uses the bitmap.
     #[error("Bitmap '{0}' is currently in use by another operation and cannot be used")]
     Busy(String),
+    /// Nobody knows any more what was written while it recorded.
+    #[error("Bitmap '{0}' is inconsistent and cannot be used")]
+    Inconsistent(String),
     /// The two bitmaps belong to disks of different sizes.
     #[error(
         "Bitmaps are of different sizes (destination size is {destination}, source size is {source_size}) and can't be merged"
@@ -165,6 +173,8 @@ pub(crate) struct Bitmap {
     recording: bool,
     /// While frozen: the successor records although the bitmap is disabled (see `fill`).
     pub(crate) for_job: bool,
+    persistent: bool,
+    inconsistent: bool,
     pub(crate) layers: Layers,
     frozen: Option<Frozen>,
 }
@@ -186,6 +196,10 @@ pub struct BitmapInfo {
     pub frozen: Option<Uuid>,
     /// Who froze it, if anybody did.
     pub owner: Option<Owner>,
+    /// Whether it is in the disk's store, and outlives the process.
+    pub persistent: bool,
+    /// Nobody knows what it should hold; it can only be removed.
+    pub inconsistent: bool,
 }
 
 /// The bitmaps of one disk, as one operation after another leaves them.
@@ -194,6 +208,10 @@ pub struct Draft {
     size: u64,
     pub(crate) bitmaps: Vec<Bitmap>,
     pub(crate) checkpoints: Checkpoints,
+    /// The commit begins a generation.
+    cut: bool,
+    /// The store has to know.
+    changed: bool,
 }
 
 /// A bitmap's dirty set, taken out of one draft to be merged into another.
@@ -202,21 +220,36 @@ pub struct DirtySet(Layers);
 
 impl Draft {
     pub(crate) fn new(size: u64) -> Self {
-        Self { size, bitmaps: Vec::new(), checkpoints: Checkpoints::default() }
+        Self { size, bitmaps: Vec::new(), checkpoints: Checkpoints::default(), cut: false, changed: false }
     }
 
     pub(crate) fn position(&self, name: &str) -> Result<usize, BitmapError> {
         self.bitmaps.iter().position(|b| b.name == name).ok_or_else(|| BitmapError::NotFound(name.to_owned()))
     }
 
-    /// The bitmap, if it may be changed.
+    /// The bitmap, if it may be read and changed.
     pub(crate) fn free(&mut self, name: &str) -> Result<&mut Bitmap, BitmapError> {
         let index = self.position(name)?;
         let bitmap = &mut self.bitmaps[index];
         if bitmap.frozen.is_some() {
             return Err(BitmapError::Busy(name.to_owned()));
         }
+        if bitmap.inconsistent {
+            return Err(BitmapError::Inconsistent(name.to_owned()));
+        }
         Ok(bitmap)
+    }
+
+    /// The bitmap, to be changed in a way that a new generation begins with.
+    fn cut(&mut self, name: &str) -> Result<&mut Bitmap, BitmapError> {
+        self.free(name)?;
+        (self.cut, self.changed) = (true, true);
+        self.free(name)
+    }
+
+    /// The current generation ends with this commit, whatever else it does.
+    pub(crate) fn end_generation(&mut self) {
+        (self.cut, self.changed) = (true, true);
     }
 
     /// Adds an empty bitmap that records from the commit on, unless it is `disabled`.
@@ -234,36 +267,50 @@ impl Draft {
             name: name.to_owned(),
             recording: !disabled,
             for_job: false,
+            persistent: false,
+            inconsistent: false,
             layers: Layers::empty(granularity, self.size),
             frozen: None,
         });
+        self.end_generation();
+        Ok(())
+    }
+
+    /// A bitmap that this draft added belongs into the disk's store. Whether there is one shows at the commit.
+    pub fn keep(&mut self, name: &str) -> Result<(), BitmapError> {
+        self.cut(name)?.persistent = true;
         Ok(())
     }
 
     /// Removes a bitmap that is not busy.
     pub fn remove(&mut self, name: &str) -> Result<(), BitmapError> {
-        self.free(name)?;
         let index = self.position(name)?;
+        if !self.bitmaps[index].inconsistent {
+            self.free(name)?;
+        } else if self.bitmaps[index].frozen.is_some() {
+            return Err(BitmapError::Busy(name.to_owned()));
+        }
+        self.end_generation();
         self.bitmaps.remove(index);
         Ok(())
     }
 
     /// Forgets all that the bitmap recorded until the commit.
     pub fn clear(&mut self, name: &str) -> Result<(), BitmapError> {
-        let bitmap = self.free(name)?;
+        let bitmap = self.cut(name)?;
         bitmap.layers = Layers::empty(bitmap.layers.granularity(), bitmap.layers.size());
         Ok(())
     }
 
     /// Records from the commit on.
     pub fn enable(&mut self, name: &str) -> Result<(), BitmapError> {
-        self.free(name)?.recording = true;
+        self.cut(name)?.recording = true;
         Ok(())
     }
 
     /// Records until the commit.
     pub fn disable(&mut self, name: &str) -> Result<(), BitmapError> {
-        self.free(name)?.recording = false;
+        self.cut(name)?.recording = false;
         Ok(())
     }
 
@@ -275,7 +322,7 @@ impl Draft {
     /// Adds `source` to `target`. `source` must stand over a disk of the same size; its current generation, if it has
     /// one, must be this disk's (see `Commit::foreign`).
     pub fn merge(&mut self, target: &str, source: &DirtySet) -> Result<(), BitmapError> {
-        let bitmap = self.free(target)?;
+        let bitmap = self.cut(target)?;
         if source.0.size() != bitmap.layers.size() {
             return Err(BitmapError::Sizes { destination: bitmap.layers.size(), source_size: source.0.size() });
         }
@@ -295,7 +342,7 @@ impl Draft {
     }
 
     fn freeze_for(&mut self, name: &str, owner: Owner) -> Result<Frozen, BitmapError> {
-        let bitmap = self.free(name)?;
+        let bitmap = self.cut(name)?;
         let successor = Layers::empty(bitmap.layers.granularity(), bitmap.layers.size());
         let frozen = Frozen { id: Uuid::new_v4(), owner, layers: std::mem::replace(&mut bitmap.layers, successor) };
         bitmap.frozen = Some(frozen.clone());
@@ -306,7 +353,12 @@ impl Draft {
         let index = self.position(name)?;
         let bitmap = &mut self.bitmaps[index];
         match bitmap.frozen.take() {
-            Some(frozen) if frozen.id == id => Ok((bitmap, frozen)),
+            Some(frozen) if frozen.id == id => {
+                self.changed = true;
+                // Recording for the job ends with it.
+                self.cut |= bitmap.for_job;
+                Ok((bitmap, frozen))
+            }
             other => {
                 bitmap.frozen = other;
                 Err(BitmapError::NotFrozen(name.to_owned()))
@@ -384,6 +436,7 @@ impl Draft {
             bitmap.layers.resize(size, bitmap.recording);
         }
         self.checkpoints.resize(size);
+        self.end_generation();
         self.size = size;
         Ok(())
     }
@@ -400,42 +453,95 @@ impl Draft {
         self.position(name).is_ok()
     }
 
+    /// Whether the commit begins a generation.
+    pub(crate) fn cuts(&self) -> bool {
+        self.cut
+    }
+
+    /// Whether the store has to know of the commit.
+    pub(crate) fn has_changed(&self) -> bool {
+        self.changed
+    }
+
     /// The finest granularity that records; `None` if nothing does.
     pub(crate) fn recording_granularity(&self) -> Option<Granularity> {
         let bitmaps = self.bitmaps.iter().filter(|b| b.records()).map(|b| b.layers.granularity());
         bitmaps.chain(self.checkpoints.recording_granularity()).min()
     }
 
-    /// The draft comes into force: `closed` is the generation that ended with it.
-    pub(crate) fn settle(&mut self, closed: Option<&Arc<LiveMap>>) {
+    /// As [`Draft::recording_granularity`], of what is in a store: persistent bitmaps, and checkpoints.
+    pub(crate) fn kept_granularity(&self) -> Option<Granularity> {
+        let bitmaps = self.kept().filter(|b| b.recording).map(|b| b.layers.granularity());
+        bitmaps.chain(self.checkpoints.recording_granularity()).min()
+    }
+
+    /// Whether a store is needed for it.
+    pub(crate) fn needs_store(&self) -> bool {
+        self.kept().any(|bitmap| !bitmap.inconsistent) || !self.checkpoints.0.is_empty()
+    }
+
+    /// The bitmaps that are in the store.
+    pub(crate) fn kept(&self) -> impl Iterator<Item = &Bitmap> {
+        self.bitmaps.iter().filter(|bitmap| bitmap.persistent)
+    }
+
+    /// Nobody can tell any more what the bitmaps in the store should hold.
+    pub(crate) fn distrust(&mut self) {
+        for bitmap in self.bitmaps.iter_mut().filter(|bitmap| bitmap.persistent) {
+            bitmap.inconsistent = true;
+            (bitmap.recording, bitmap.for_job) = (false, false);
+            bitmap.layers = Layers::empty(bitmap.layers.granularity(), bitmap.layers.size());
+        }
+    }
+
+    /// Puts a bitmap of the store back.
+    pub(crate) fn restore(&mut self, name: String, granularity: Granularity, recording: bool, base: Option<Arc<Bits>>) {
+        let mut layers = base.map_or_else(|| Layers::empty(granularity, self.size), Layers::of);
+        layers.record(recording);
+        let (persistent, inconsistent) = (true, false);
+        self.bitmaps.push(Bitmap { name, recording, for_job: false, persistent, inconsistent, layers, frozen: None });
+    }
+
+    /// Puts a bitmap of the store back that is not to be trusted.
+    pub(crate) fn restore_inconsistent(&mut self, name: String, granularity: Granularity) {
+        let layers = Layers::empty(granularity, self.size);
+        let (recording, persistent, inconsistent) = (false, true, true);
+        self.bitmaps.push(Bitmap { name, recording, for_job: false, persistent, inconsistent, layers, frozen: None });
+    }
+
+    /// The draft comes into force. `cut`: with it, a generation ended, which was `closed`.
+    pub(crate) fn settle(&mut self, cut: bool, closed: Option<&Arc<LiveMap>>) {
         for bitmap in &mut self.bitmaps {
-            bitmap.layers.close(closed);
+            if cut {
+                bitmap.layers.close(closed);
+            }
             bitmap.layers.record(bitmap.records());
             bitmap.layers.compact();
             if let Some(frozen) = &mut bitmap.frozen {
                 frozen.close(closed);
             }
         }
-        self.checkpoints.settle(closed);
+        self.checkpoints.settle(cut, closed);
+        (self.cut, self.changed) = (false, false);
     }
 
     pub(crate) fn info(&self, live: Option<&Arc<LiveMap>>) -> Vec<BitmapInfo> {
-        self.bitmaps
-            .iter()
-            .map(|bitmap| BitmapInfo {
-                name: bitmap.name.clone(),
-                granularity: bitmap.layers.granularity(),
-                count: bitmap.shown(live).dirty_bytes(),
-                recording: bitmap.recording,
-                busy: bitmap.frozen.is_some(),
-                frozen: bitmap.frozen.as_ref().map(Frozen::id),
-                owner: bitmap.frozen.as_ref().map(Frozen::owner),
-            })
-            .collect()
+        let count = |bitmap: &Bitmap| if bitmap.inconsistent { 0 } else { bitmap.shown(live).dirty_bytes() };
+        self.bitmaps.iter().map(|bitmap| bitmap.info(count(bitmap))).collect()
+    }
+
+    pub(crate) fn look(&self, name: &str, live: Option<&Arc<LiveMap>>) -> Result<(BitmapInfo, Bits), BitmapError> {
+        let bits = self.bits(name, live)?;
+        let bitmap = &self.bitmaps[self.position(name)?];
+        Ok((bitmap.info(bits.dirty_bytes()), bits))
     }
 
     pub(crate) fn bits(&self, name: &str, live: Option<&Arc<LiveMap>>) -> Result<Bits, BitmapError> {
-        Ok(self.bitmaps[self.position(name)?].shown(live))
+        let bitmap = &self.bitmaps[self.position(name)?];
+        if bitmap.inconsistent {
+            return Err(BitmapError::Inconsistent(name.to_owned()));
+        }
+        Ok(bitmap.shown(live))
     }
 }
 
@@ -445,11 +551,45 @@ impl Bitmap {
         self.recording || self.for_job
     }
 
+    fn info(&self, count: u64) -> BitmapInfo {
+        BitmapInfo {
+            name: self.name.clone(),
+            granularity: self.layers.granularity(),
+            count,
+            recording: self.recording,
+            busy: self.frozen.is_some(),
+            frozen: self.frozen.as_ref().map(Frozen::id),
+            owner: self.frozen.as_ref().map(Frozen::owner),
+            persistent: self.persistent,
+            inconsistent: self.inconsistent,
+        }
+    }
+
     fn shown(&self, live: Option<&Arc<LiveMap>>) -> Bits {
         match &self.frozen {
             Some(frozen) => frozen.layers.bits(live),
             None => self.layers.bits(live),
         }
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn is_recording(&self) -> bool {
+        self.recording
+    }
+
+    pub(crate) fn is_inconsistent(&self) -> bool {
+        self.inconsistent
+    }
+
+    pub(crate) fn layers(&self) -> &Layers {
+        &self.layers
+    }
+
+    pub(crate) fn frozen(&self) -> Option<(&Frozen, &Layers)> {
+        self.frozen.as_ref().map(|frozen| (frozen, &frozen.layers))
     }
 }
 

@@ -1,8 +1,8 @@
 //! One disk's marking: what the write path passes on every write, and where the named bitmaps stand.
 //!
 //! Two sides meet here. Queue threads own a [`Lane`] each and pass `Hot` through admission: gates, live map, in-flight
-//! slot. Control operations own the named bitmaps behind a mutex that no queue thread ever takes, and change `Hot` only
-//! while all lanes are held out (`flip`).
+//! slot. Control operations own the named bitmaps, and the disk's store, behind a mutex that no queue thread ever takes, and
+//! change `Hot` only while all lanes are held out (`flip`).
 
 use crate::admission::{Admission, Pass, Section};
 use crate::bits::Bits;
@@ -10,6 +10,9 @@ use crate::gate::Gate;
 use crate::inflight::{Bell, Lanes, Slots};
 use crate::live::LiveMap;
 use crate::named::{BitmapError, BitmapInfo, Draft};
+use crate::store::heat::Heat;
+use crate::store::keeper::{Keeper, Opened};
+use crate::store::{Place, StoreError};
 use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 use crate::units::ByteRange;
 use std::fmt;
@@ -19,6 +22,8 @@ use std::sync::Arc;
 pub(crate) struct Hot {
     pub(crate) live: Option<Arc<LiveMap>>,
     pub(crate) gates: Vec<Arc<dyn Gate>>,
+    /// There while a bitmap of the store records.
+    pub(crate) heat: Option<Arc<Heat>>,
     /// Bytes of the disk: no change goes beyond it.
     pub(crate) size: u64,
 }
@@ -32,6 +37,15 @@ pub(crate) struct Control {
     /// Likewise.
     pub(crate) gates: Vec<Arc<dyn Gate>>,
     pub(crate) bitmaps: Draft,
+    /// Who writes them to the disk's store, if it may have one.
+    pub(crate) keeper: Option<Keeper>,
+}
+
+/// What queries see: what is in force and, where there is a store, durable. A mutex of its own, so that nobody who asks waits
+/// for a disk.
+pub(crate) struct View {
+    pub(crate) bitmaps: Draft,
+    pub(crate) live: Option<Arc<LiveMap>>,
 }
 
 /// The dirty tracking of one disk.
@@ -41,17 +55,65 @@ pub struct Tracker {
     pub(crate) admission: Admission<Hot>,
     pub(crate) lanes: Arc<Lanes>,
     pub(crate) control: Mutex<Control>,
+    pub(crate) view: Mutex<View>,
+    /// Of the store, if there may be one.
+    pub(crate) heat: Option<Arc<Heat>>,
+    /// What works for it.
+    pub(crate) threads: std::sync::Mutex<Vec<std::thread::JoinHandle<()>>>,
 }
 
 impl Tracker {
-    /// For a disk of `size` bytes that `lanes` queue threads write to, each with up to `slots` writes in flight.
+    /// For a disk of `size` bytes that `lanes` queue threads write to, each with up to `slots` writes in flight. Its bitmaps
+    /// end with the process.
     pub fn new(size: u64, lanes: usize, slots: usize) -> Arc<Self> {
+        Self::with(size, lanes, slots, None)
+    }
+
+    /// The same, for the disk that `place` tells of, with the bitmaps that its store has.
+    pub fn open(place: Place, lanes: usize, slots: usize) -> Arc<Self> {
+        let opened = Keeper::open(place.medium, place.maps, place.disk);
+        let tracker = Self::with(place.disk.size, lanes, slots, Some(opened));
+        #[cfg(not(any(loom, shuttle)))]
+        tracker.employ();
+        tracker
+    }
+
+    /// The same, with nobody at work for it but who calls [`Tracker::serve_store`] and [`Tracker::cool`]: for crash tests.
+    pub fn open_idle(place: Place, lanes: usize, slots: usize) -> Arc<Self> {
+        let opened = Keeper::open(place.medium, place.maps, place.disk);
+        Self::with(place.disk.size, lanes, slots, Some(opened))
+    }
+
+    fn with(size: u64, lanes: usize, slots: usize, opened: Option<Opened>) -> Arc<Self> {
+        let (bitmaps, generation, live, keeper) = match opened {
+            Some(Opened { keeper, draft, generation, live }) => (draft, generation, live, Some(keeper)),
+            None => (Draft::new(size), 0, None, None),
+        };
+        let heat = keeper.as_ref().map(|keeper| Arc::clone(&keeper.heat));
+        let hot_heat = heat.clone().filter(|_| live.is_some());
+        let view = View { bitmaps: bitmaps.clone(), live: live.clone() };
         Arc::new(Self {
             size: AtomicU64::new(size),
-            admission: Admission::new(Hot { live: None, gates: Vec::new(), size }, lanes),
+            admission: Admission::new(Hot { live: live.clone(), gates: Vec::new(), heat: hot_heat, size }, lanes),
             lanes: Arc::new(Lanes { slots: (0..lanes).map(|_| Slots::new(slots)).collect(), bell: Bell::new() }),
-            control: Mutex::new(Control { generation: 0, live: None, gates: Vec::new(), bitmaps: Draft::new(size) }),
+            control: Mutex::new(Control { generation, live, gates: Vec::new(), bitmaps, keeper }),
+            view: Mutex::new(view),
+            heat,
+            threads: std::sync::Mutex::default(),
         })
+    }
+
+    /// Whether persistent bitmaps can be had, and if not, why.
+    pub fn persistence(&self) -> Result<(), StoreError> {
+        match &lock(&self.control).keeper {
+            Some(keeper) => keeper.is_usable(),
+            None => Err(no_store()),
+        }
+    }
+
+    /// Whether there may be a store at all.
+    pub fn has_store(&self) -> bool {
+        self.heat.is_some()
     }
 
     /// Bytes of the disk, which only a commit of a draft of another size changes.
@@ -67,8 +129,8 @@ impl Tracker {
 
     /// All bitmaps in the order in which they were added.
     pub fn list(&self) -> Vec<BitmapInfo> {
-        let control = lock(&self.control);
-        control.bitmaps.info(control.live.as_ref())
+        let (draft, live) = self.draft();
+        draft.info(live.as_ref())
     }
 
     /// The dirty bits of a bitmap as they stand; of the frozen set while there is one.
@@ -77,10 +139,16 @@ impl Tracker {
         draft.bits(name, live.as_ref())
     }
 
+    /// A bitmap and its bits, of one moment; of the frozen set while there is one.
+    pub fn look(&self, name: &str) -> Result<(BitmapInfo, Bits), BitmapError> {
+        let (draft, live) = self.draft();
+        draft.look(name, live.as_ref())
+    }
+
     /// All that stands, and the generation that is being written, to look at with no lock held.
     pub(crate) fn draft(&self) -> (Draft, Option<Arc<LiveMap>>) {
-        let control = lock(&self.control);
-        (control.bitmaps.clone(), control.live.clone())
+        let view = lock(&self.view);
+        (view.bitmaps.clone(), view.live.clone())
     }
 
     /// Number of the generation being written.
@@ -93,6 +161,11 @@ impl fmt::Debug for Tracker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tracker").field("size", &self.size()).finish_non_exhaustive()
     }
+}
+
+/// Why a bitmap cannot be persistent where there is no store.
+pub(crate) fn no_store() -> StoreError {
+    StoreError::Off("This disk has no bitmap store (bitmaps=off): only bitmaps with 'persistent': false".to_owned())
 }
 
 /// What became of a write that asked to go.
@@ -150,7 +223,7 @@ impl Drop for Lane {
 }
 
 impl Passage<'_> {
-    /// Asks every gate, marks the live generation, registers the write in `slot`, which must be free.
+    /// Asks every gate, sees that the extent is hot, marks the live generation, registers the write in `slot`, which must be free.
     ///
     /// I1: the mark stands in the generation that is live now, and a flip finds the slot from the moment this section
     /// ends, so no generation that the write overlaps is without its mark.
@@ -164,6 +237,11 @@ impl Passage<'_> {
                 if !gate.admits(range) {
                     return Admitted::Held(Arc::clone(gate));
                 }
+            }
+            if let Some(heat) = &hot.heat
+                && !heat.admits(range)
+            {
+                return Admitted::Held(Arc::clone(heat) as _);
             }
             if let Some(live) = &hot.live {
                 live.mark(range);

@@ -96,6 +96,11 @@ impl Process {
         self.ended.is_none()
     }
 
+    /// Ends its standard input, if that was piped.
+    pub fn end_input(&mut self) {
+        self.child.stdin = None;
+    }
+
     /// Sends a signal to a process that was not reaped yet.
     pub fn signal(&mut self, signal: Signal) -> Result<()> {
         if self.is_running() {

@@ -80,8 +80,9 @@ impl Subject {
 
     fn story(mut self, target: &Path) -> Result<Vec<(String, Value)>> {
         let node = self.node;
-        self.qmp.run("block-dirty-bitmap-add", json!({ "node": node, "name": "first" }))?;
-        let more = json!({ "node": node, "name": "second", "granularity": 4096, "disabled": true });
+        self.qmp.run("block-dirty-bitmap-add", json!({ "node": node, "name": "first", "persistent": false }))?;
+        let more =
+            json!({ "node": node, "name": "second", "granularity": 4096, "disabled": true, "persistent": false });
         self.qmp.run("block-dirty-bitmap-add", more)?;
         self.look("new")?;
         self.write(MIB, 4096)?;

@@ -62,13 +62,13 @@ impl Scene {
 }
 
 /// It is sound, and holds compressed clusters, so many of a hundred.
-fn compressed(image: &Path, at_least: f64) -> Result<()> {
+fn compressed(image: &Path, at_least: f64) -> Result<f64> {
     let report = tools::run(tools::command("qemu-img")?.args(["check", "-f", "qcow2"]).arg(image))?;
     ensure!(report.contains("No errors were found"), "{report}");
     let share = report.split(", ").find_map(|part| part.split_once("% compressed")).map(|(share, _)| share);
     let share: f64 = share.with_context(|| report.clone())?.trim().parse()?;
     ensure!(share >= at_least, "only {share} % are compressed: {report}");
-    Ok(())
+    Ok(share)
 }
 
 #[test]
@@ -109,7 +109,8 @@ fn a_chain_of_compressed_images_is_the_disk() -> Result<()> {
     scene.backup("blockdev-backup", json!({ "target": "t", "compress": false }))?;
     scene.qmp.job_completed("j")?;
     scene.qmp.run("blockdev-del", json!({ "node-name": "t" }))?;
-    compressed(&second, 60.0)?;
+    let share = compressed(&second, 60.0)?;
+    ensure!(share < 80.0, "{share} % are compressed: the second job's too");
     images::assert_equal(&second, &scene.disk.path)
 }
 

@@ -6,7 +6,8 @@
 //! OK; reads give what was last written there, while it all goes on; at the end the disk equals the model.
 //! The other story is told by a Linux guest under QEMU, which reconnects by itself.
 //!
-//! `BLKMARK_SEED` and `BLKMARK_KILLS` replay a run and make it longer. Bitmaps are no part of this: they end with the process.
+//! `BLKMARK_SEED` and `BLKMARK_KILLS` replay a run and make it longer. Bitmaps are the matter of
+//! `bitmaps_survive`.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex};

@@ -6,8 +6,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use blkmark::frontend::{Disk as Attached, Guest, Options};
@@ -15,16 +13,13 @@ use blkmark_tests::beside::{Stop, beside};
 use blkmark_tests::daemon::{Daemon, Kind};
 use blkmark_tests::images;
 use blkmark_tests::lab::{Disk, Lab, MIB};
-use blkmark_tests::process::GIVE_UP;
+use blkmark_tests::numbers::{Progress, same_instant, write_numbers};
 use blkmark_tests::qmp::Qmp;
 use blkmark_tests::tools;
 use serde_json::{Value, json};
 
 const SIZE: u64 = 16 * MIB;
 const CLUSTER: u64 = 64 * 1024;
-const SLOTS: u64 = 1024;
-const STRIDE: u64 = SIZE / SLOTS;
-const BLOCK: usize = 4096;
 
 fn attach(disk: &Disk) -> Result<Attached> {
     Ok(Guest::connect(&disk.socket, Options::default())?.into_disk()?)
@@ -70,59 +65,6 @@ fn dirty(uri: &str, bitmap: &str) -> Result<Vec<u64>> {
     Ok(dirty.flat_map(|(offset, length, _)| offset / CLUSTER..(offset + length) / CLUSTER).collect())
 }
 
-// ---- one instant
-
-/// What the writing client tells of itself.
-#[derive(Default)]
-struct Progress {
-    issued: AtomicU64,
-    acked: AtomicU64,
-}
-
-/// Writes n to A, waits, writes n to B, waits, and so on; number n goes to slot n modulo [`SLOTS`].
-fn write_numbers(disks: &mut [Attached; 2], progress: &Progress, stop: &Stop) -> Result<()> {
-    for n in 1u64.. {
-        if stop.is_due() {
-            break;
-        }
-        let block = n.to_le_bytes().repeat(BLOCK / 8);
-        progress.issued.store(n, Ordering::SeqCst);
-        for disk in disks.iter_mut() {
-            disk.write_at(&block, n % SLOTS * STRIDE)?;
-        }
-        progress.acked.store(n, Ordering::SeqCst);
-    }
-    Ok(())
-}
-
-fn await_writes(progress: &Progress, more: u64) -> Result<()> {
-    let goal = progress.acked.load(Ordering::SeqCst) + more;
-    let deadline = Instant::now() + GIVE_UP;
-    while progress.acked.load(Ordering::SeqCst) < goal {
-        ensure!(Instant::now() < deadline, "the writer makes no progress");
-        std::thread::yield_now();
-    }
-    Ok(())
-}
-
-/// The numbers in the slots of an image, which has to be of one instant; the last of them.
-fn last_number(bytes: &[u8]) -> Result<u64> {
-    let mut slots = Vec::new();
-    for slot in 0..SLOTS {
-        let block = &bytes[(slot * STRIDE) as usize..][..BLOCK];
-        let words: Vec<u64> =
-            block.chunks_exact(8).map(|word| word.try_into().map(u64::from_le_bytes)).collect::<Result<_, _>>()?;
-        ensure!(words.iter().all(|word| *word == words[0]), "slot {slot} is torn");
-        slots.push(words[0]);
-    }
-    let last = slots.iter().copied().max().unwrap_or(0);
-    for (slot, &found) in (0..SLOTS).zip(&slots) {
-        let wanted = last.saturating_sub((last + SLOTS - slot) % SLOTS);
-        ensure!(found == wanted, "the last number is {last}, but slot {slot} holds {found}, not {wanted}");
-    }
-    Ok(last)
-}
-
 /// A pull backup of two disks, full and then incremental, again and again: each is one instant, both are the same one, and what
 /// the frozen bitmaps show is all that differs from the pull before.
 #[test]
@@ -138,7 +80,7 @@ fn points_of_two_disks_and_their_bitmaps_are_one_instant() -> Result<()> {
     beside(vec![Box::new(write)], || {
         let mut before: Option<[Vec<u8>; 2]> = None;
         for round in 0..5u64 {
-            await_writes(&progress, 50 + round * 97 % 400)?;
+            progress.await_writes(50 + round * 97 % 400)?;
             let mut actions = Vec::new();
             for disk in ["a", "b"] {
                 let of = json!({ "node": disk, "name": "pull" });
@@ -155,9 +97,9 @@ fn points_of_two_disks_and_their_bitmaps_are_one_instant() -> Result<()> {
                 let name = format!("p-{disk}");
                 actions.push(json!({ "type": "point-add", "data": { "node": disk, "name": name } }));
             }
-            let acked_before = progress.acked.load(Ordering::SeqCst);
+            let acked_before = progress.acked();
             qmp.run("transaction", json!({ "actions": actions }))?;
-            let issued_after = progress.issued.load(Ordering::SeqCst);
+            let issued_after = progress.issued();
 
             let bitmap = format!("c{round}");
             let mut pulled = Vec::new();
@@ -187,9 +129,7 @@ fn points_of_two_disks_and_their_bitmaps_are_one_instant() -> Result<()> {
                 withdraw(&mut qmp, &node)?;
                 pulled.push(bytes);
             }
-            let a = last_number(&pulled[0]).with_context(|| format!("round {round}, disk A"))?;
-            let b = last_number(&pulled[1]).with_context(|| format!("round {round}, disk B"))?;
-            ensure!(a >= b && b + 1 >= a, "A is of number {a}, B of {b}");
+            let (a, b) = same_instant(&pulled[0], &pulled[1]).with_context(|| format!("round {round}"))?;
             ensure!(b >= acked_before, "number {acked_before} was acknowledged before the order, B is of {b}");
             ensure!(a <= issued_after, "number {issued_after} was the last issued before the answer, A is of {a}");
             let mut actions = Vec::new();

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::checkpoint::CheckpointArgs;
+use super::export::ExportArgs;
 use super::failure::Failure;
+use super::point::PointArgs;
 use super::serve::ServeArgs;
 use super::{CONTROL_VARIABLE, DEFAULT_CONTROL, size};
 
@@ -63,6 +66,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Show on throw-away files what this program does: serve, write, back up, restore, compare
     Demo(DemoArgs),
+    /// Look into a disk's bitmap store without a daemon; writes nothing
+    Store(StoreArgs),
     /// A client of a running daemon.
     #[command(flatten)]
     Client(ClientCommand),
@@ -75,12 +80,44 @@ pub enum ClientCommand {
     Bitmap(BitmapArgs),
     /// Back up disks, and wait until that is done
     Backup(BackupArgs),
+    /// Freeze disks as of one instant, for others to read
+    Point(PointArgs),
+    /// Export disks and points in time over NBD
+    Export(ExportArgs),
+    /// Name instants, and ask what has changed between them
+    Checkpoint(CheckpointArgs),
     /// List and steer jobs
     Job(JobArgs),
     /// Show disks, jobs, bitmaps and nodes
     Query(QueryArgs),
     /// Execute QMP commands: one from the arguments, or all from standard input
     Qmp(QmpArgs),
+}
+
+/// `blkmark store`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Exit status: 0 all that was asked for could be read (check: and can be relied on); 1 not so; 2 wrong usage."
+)]
+pub struct StoreArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub action: StoreAction,
+}
+
+/// What can be done with a store.
+#[derive(Debug, Subcommand)]
+pub enum StoreAction {
+    /// Read all of it, and fail if anything in it cannot be relied on
+    Check {
+        /// The store's directory, or the disk it belongs to
+        path: PathBuf,
+    },
+    /// Show the bitmaps in it
+    Show {
+        /// The store's directory, or the disk it belongs to
+        path: PathBuf,
+    },
 }
 
 /// `blkmark demo`.
@@ -163,6 +200,14 @@ pub enum BitmapAction {
     },
     /// Mark what differs from an older image, and so begin a chain from a backup that exists
     Populate(PopulateArgs),
+    /// Freeze a bitmap: what it holds stands still, and a successor records
+    Freeze(BitmapName),
+    /// End a freeze in success: the bitmap is what was recorded since
+    Abdicate(BitmapName),
+    /// End a freeze in failure: the bitmap is what it held, and what was recorded since
+    Reclaim(BitmapName),
+    /// Show which regions a bitmap holds
+    Show(BitmapName),
     /// List bitmaps
     List {
         /// Of this disk only

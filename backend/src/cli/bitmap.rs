@@ -4,11 +4,11 @@ use blkmark_backup::qmp::Client;
 use serde_json::{Value, json};
 
 use super::args::{BitmapAction, BitmapArgs, BitmapName, MarkMode, MarkPattern, PopulateArgs};
-use super::backup;
 use super::failure::Failure;
 use super::output::Output;
 use super::query;
 use super::wait::Wait;
+use super::{backup, checkpoint};
 
 /// Runs it.
 pub(super) fn run(client: &mut Client, args: &BitmapArgs, output: &Output) -> Result<(), Failure> {
@@ -28,6 +28,12 @@ pub(super) fn run(client: &mut Client, args: &BitmapArgs, output: &Output) -> Re
         BitmapAction::Enable(bitmap) => ("block-dirty-bitmap-enable", named(bitmap)),
         BitmapAction::Disable(bitmap) => ("block-dirty-bitmap-disable", named(bitmap)),
         BitmapAction::Clear(bitmap) => ("block-dirty-bitmap-clear", named(bitmap)),
+        BitmapAction::Freeze(bitmap) => ("block-dirty-bitmap-create-successor", named(bitmap)),
+        BitmapAction::Abdicate(bitmap) => ("block-dirty-bitmap-abdicate", named(bitmap)),
+        BitmapAction::Reclaim(bitmap) => ("block-dirty-bitmap-reclaim", named(bitmap)),
+        BitmapAction::Show(bitmap) => {
+            return checkpoint::regions(client, "query-block-dirty-bitmap", named(bitmap), output);
+        }
         BitmapAction::Merge { target, sources, from } => {
             let source = |name: &String| match from {
                 Some(disk) => json!({ "node": disk, "name": name }),

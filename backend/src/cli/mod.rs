@@ -7,16 +7,20 @@
 pub mod args;
 mod backup;
 mod bitmap;
+mod checkpoint;
+mod export;
 mod failure;
 mod job;
 pub(crate) mod output;
+mod point;
 mod qmp;
 mod query;
 mod serve;
 pub(crate) mod size;
+mod store;
 mod wait;
 
-pub use args::{Cli, ClientCommand, Command, DemoArgs};
+pub use args::{Cli, ClientCommand, Command, DemoArgs, StoreArgs};
 pub use failure::Failure;
 pub use output::Output;
 pub use serve::ServeArgs;
@@ -43,6 +47,18 @@ pub fn run(cli: &Cli, command: &ClientCommand) -> ExitCode {
     }
 }
 
+/// Looks into a bitmap store; no daemon is asked.
+pub fn look_into(cli: &Cli, args: &StoreArgs) -> ExitCode {
+    let output = Output::new(cli.json);
+    match store::run(&args.action, &output) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            output.failure(&failure);
+            failure.exit_code()
+        }
+    }
+}
+
 fn execute(cli: &Cli, command: &ClientCommand, output: &Output) -> Result<(), Failure> {
     // Before the daemon is bothered: a wrong option is a wrong option whether or not it runs.
     if let ClientCommand::Backup(args) = command {
@@ -55,6 +71,9 @@ fn execute(cli: &Cli, command: &ClientCommand, output: &Output) -> Result<(), Fa
     match command {
         ClientCommand::Bitmap(args) => bitmap::run(&mut client, args, output),
         ClientCommand::Backup(args) => backup::run(&mut client, args, output),
+        ClientCommand::Point(args) => point::run(&mut client, args, output),
+        ClientCommand::Export(args) => export::run(&mut client, args, output),
+        ClientCommand::Checkpoint(args) => checkpoint::run(&mut client, args, output),
         ClientCommand::Job(args) => job::run(&mut client, args, output),
         ClientCommand::Query(args) => query::run(&mut client, args, output),
         ClientCommand::Qmp(args) => qmp::run(&mut client, args, output),

@@ -22,11 +22,11 @@ pub(super) fn run(client: &mut Client, args: &QueryArgs, output: &Output) -> Res
     }
 }
 
-fn elements(value: &Value) -> &[Value] {
+pub(super) fn elements(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
 }
 
-fn bytes(value: &Value, member: &str) -> String {
+pub(super) fn bytes(value: &Value, member: &str) -> String {
     value.get(member).and_then(Value::as_u64).map_or_else(String::new, size::human)
 }
 
@@ -120,6 +120,7 @@ pub(super) fn bitmaps(client: &mut Client, disk: Option<&str>, output: &Output) 
 fn state(bitmap: &Value) -> String {
     let recording = if bitmap["recording"] == true { "recording" } else { "disabled" };
     let mut states = vec![recording];
+    states.extend(["frozen"].into_iter().filter(|_| bitmap["frozen-by"] == "client"));
     states.extend(["busy", "inconsistent"].into_iter().filter(|state| bitmap[state] == true));
     states.join(", ")
 }

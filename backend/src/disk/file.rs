@@ -5,6 +5,7 @@ use blkmark_backup::buffer::{ALIGNMENT, AlignedBuffer};
 use blkmark_backup::file_lock::{self, LockError, LockMode};
 use blkmark_backup::pulse::Pulse;
 use blkmark_backup::source::{BlockStatus, FileId, Source};
+use blkmark_bitmap::store::Stamp;
 use rustix::fs::{FileType, OFlags, SeekFrom};
 use std::fs::File;
 use std::io;
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use thiserror::Error;
+use uuid::Uuid;
 
 /// How long the requests of a killed process may hold its lock. Measured: under a tenth of a second; full queues on a
 /// rotating disk take some seconds. A disk that somebody else serves is reported only after that.
@@ -212,6 +214,24 @@ impl DiskFile {
     /// How its guest fares, for queue threads to tell.
     pub fn guest_pulse(&self) -> &Pulse {
         &self.pulse
+    }
+
+    /// What is seen of it from outside, to know it again. After [`DiskFile::sync_all`] it stays so until somebody writes.
+    pub fn stamp(&self, boot: Uuid) -> io::Result<Stamp> {
+        let stat = rustix::fs::fstat(&self.file)?;
+        let time = |seconds: i64, nanoseconds: u64| i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds);
+        let (inode, changed, touched) = match self.device {
+            // The node's times and number say nothing of what is on the device.
+            true => (0, 0, 0),
+            false => (stat.st_ino, time(stat.st_mtime, stat.st_mtime_nsec), time(stat.st_ctime, stat.st_ctime_nsec)),
+        };
+        let device = if self.device { stat.st_rdev } else { stat.st_dev };
+        Ok(Stamp { block_device: self.device, device, inode, size: self.size(), changed, touched, boot })
+    }
+
+    /// Makes all completed writes durable, and the times of the file with them.
+    pub fn sync_all(&self) -> io::Result<()> {
+        self.file.sync_all()
     }
 
     /// Makes all completed writes durable.

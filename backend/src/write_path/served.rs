@@ -9,6 +9,7 @@ use crate::session::{Device, Notices, RingParts, RunningRing};
 use blkmark_backup::node::Front;
 use blkmark_backup::source::Source;
 use blkmark_bitmap::Tracker;
+use blkmark_bitmap::store::Place;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -65,7 +66,8 @@ pub struct ServedDisk {
 }
 
 impl ServedDisk {
-    /// Serves `disk` under the name `id` with `queues` queues of up to `queue_size` entries each.
+    /// Serves `disk` under the name `id` with `queues` queues of up to `queue_size` entries each. Its bitmaps are those of the
+    /// store at `place`, or end with the process.
     pub fn new(
         id: &str,
         disk: Arc<DiskFile>,
@@ -73,8 +75,14 @@ impl ServedDisk {
         queues: u16,
         queue_size: u16,
         threads: ThreadOptions,
+        place: Option<Place>,
     ) -> Self {
         let capacity = disk.size();
+        let (lanes, slots) = (usize::from(queues), usize::from(queue_size));
+        let tracker = match place {
+            Some(place) => Tracker::open(place, lanes, slots),
+            None => Tracker::new(capacity, lanes, slots),
+        };
         let config = ConfigSpace::new(&Geometry {
             capacity,
             logical_block: disk.block(),
@@ -85,7 +93,7 @@ impl ServedDisk {
         });
         let shared = Shared {
             id: id.to_owned(),
-            tracker: Tracker::new(capacity, usize::from(queues), usize::from(queue_size)),
+            tracker,
             capacity: AtomicU64::new(capacity),
             disk,
             serial: serial_bytes(serial),

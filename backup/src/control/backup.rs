@@ -300,6 +300,12 @@ impl BackupAction {
         }
     }
 
+    /// What the commit to come arms, and where.
+    pub(super) fn armed(&self) -> Option<(&Arc<Node>, &Arc<Point>)> {
+        let held = self.backup.as_ref().map(|backup| &backup.held).filter(|held| !held.point.is_view());
+        held.map(|held| (&held.node, &held.point))
+    }
+
     /// The job, once the commit is in force.
     pub(super) fn into_job(mut self) -> Option<NewJob> {
         if let Some(OfPoint { node, lease, cluster, target }) = self.of_point.take() {

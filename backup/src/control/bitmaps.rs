@@ -3,12 +3,14 @@
 //! Arguments are read here; what an action does, it does to a draft of a disk's bitmaps (`apply`), which the transaction
 //! puts in force or drops.
 
+use super::regions::Page;
 use super::transaction::{self, Action, Stage};
 use super::{Control, done};
 use crate::qmp::arguments::StringOrObject;
 use crate::qmp::{Arguments, QmpError};
 use blkmark_bitmap::{BitmapError, Granularity};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
 
 /// A bitmap of a disk, by name.
 #[derive(Clone, Debug)]
@@ -21,7 +23,7 @@ pub(super) struct Named {
 #[derive(Clone, Debug)]
 pub(super) enum BitmapAction {
     /// A new one.
-    Add { bitmap: Named, granularity: Option<u32>, persistent: bool, disabled: bool },
+    Add { bitmap: Named, granularity: Option<u32>, persistent: Option<bool>, disabled: bool },
     /// It is gone.
     Remove(Named),
     /// It is empty.
@@ -30,6 +32,12 @@ pub(super) enum BitmapAction {
     Enable(Named),
     /// It records no more.
     Disable(Named),
+    /// It is frozen for the client, and a successor records.
+    CreateSuccessor(Named),
+    /// The client's freeze ends in success: the successor is the bitmap.
+    Abdicate(Named, Option<String>),
+    /// The client's freeze ends in failure: both are the bitmap.
+    Reclaim(Named, Option<String>),
     /// It takes in others.
     Merge { target: Named, sources: Vec<Named> },
 }
@@ -43,12 +51,19 @@ fn named(arguments: &mut Arguments) -> Result<Named, QmpError> {
     Ok(Named { node: node(arguments)?, name: arguments.string("name")? })
 }
 
+/// Which freeze is meant, if the client says.
+fn freeze(id: Option<&String>) -> Result<Option<Uuid>, QmpError> {
+    let Some(id) = id else { return Ok(None) };
+    let wrong = |_| QmpError::generic(format!("Parameter 'freeze-id' expects a UUID, not '{id}'"));
+    Uuid::parse_str(id).map(Some).map_err(wrong)
+}
+
 impl BitmapAction {
     pub(super) fn read_add(arguments: &mut Arguments) -> Result<Self, QmpError> {
         Ok(BitmapAction::Add {
             bitmap: named(arguments)?,
             granularity: arguments.opt_u32_or_decimal("granularity")?,
-            persistent: arguments.opt_bool("persistent")?.unwrap_or(false),
+            persistent: arguments.opt_bool("persistent")?,
             disabled: arguments.opt_bool("disabled")?.unwrap_or(false),
         })
     }
@@ -67,6 +82,18 @@ impl BitmapAction {
 
     pub(super) fn read_disable(arguments: &mut Arguments) -> Result<Self, QmpError> {
         named(arguments).map(BitmapAction::Disable)
+    }
+
+    pub(super) fn read_create_successor(arguments: &mut Arguments) -> Result<Self, QmpError> {
+        named(arguments).map(BitmapAction::CreateSuccessor)
+    }
+
+    pub(super) fn read_abdicate(arguments: &mut Arguments) -> Result<Self, QmpError> {
+        Ok(BitmapAction::Abdicate(named(arguments)?, arguments.opt_string("freeze-id")?))
+    }
+
+    pub(super) fn read_reclaim(arguments: &mut Arguments) -> Result<Self, QmpError> {
+        Ok(BitmapAction::Reclaim(named(arguments)?, arguments.opt_string("freeze-id")?))
     }
 
     pub(super) fn read_merge(arguments: &mut Arguments) -> Result<Self, QmpError> {
@@ -97,10 +124,13 @@ impl BitmapAction {
                     None => Granularity::DEFAULT,
                     Some(bytes) => Granularity::new(u64::from(*bytes)).ok_or(BitmapError::Granularity)?,
                 };
-                if *persistent {
-                    return Err(QmpError::generic("persistent bitmaps need a store, which this version does not have"));
+                // By default it survives the daemon, unless the operator has decided that none does.
+                let persistent = persistent.unwrap_or_else(|| disk.tracker.has_store());
+                let draft = stage.draft(disk);
+                draft.add(&bitmap.name, granularity, *disabled)?;
+                if persistent {
+                    draft.keep(&bitmap.name)?;
                 }
-                stage.draft(disk).add(&bitmap.name, granularity, *disabled)?;
                 stage.note_made(disk, &bitmap.name);
                 Ok(())
             }
@@ -119,6 +149,19 @@ impl BitmapAction {
             BitmapAction::Disable(bitmap) => {
                 let disk = stage.control().bitmap_node(&bitmap.node)?;
                 Ok(stage.draft(disk).disable(&bitmap.name)?)
+            }
+            BitmapAction::CreateSuccessor(bitmap) => {
+                let disk = stage.control().bitmap_node(&bitmap.node)?;
+                stage.draft(disk).create_successor(&bitmap.name)?;
+                Ok(())
+            }
+            BitmapAction::Abdicate(bitmap, id) => {
+                let disk = stage.control().bitmap_node(&bitmap.node)?;
+                Ok(stage.draft(disk).client_abdicate(&bitmap.name, freeze(id.as_ref())?)?)
+            }
+            BitmapAction::Reclaim(bitmap, id) => {
+                let disk = stage.control().bitmap_node(&bitmap.node)?;
+                Ok(stage.draft(disk).client_reclaim(&bitmap.name, freeze(id.as_ref())?)?)
             }
             BitmapAction::Merge { target, sources } => {
                 let into = stage.control().bitmap_node(&target.node)?;
@@ -173,6 +216,37 @@ pub(super) fn disable(control: &Control, arguments: Arguments) -> Result<Value, 
 
 pub(super) fn merge(control: &Control, arguments: Arguments) -> Result<Value, QmpError> {
     alone(control, arguments, BitmapAction::read_merge)
+}
+
+pub(super) fn create_successor(control: &Control, arguments: Arguments) -> Result<Value, QmpError> {
+    alone(control, arguments, BitmapAction::read_create_successor)
+}
+
+pub(super) fn abdicate(control: &Control, arguments: Arguments) -> Result<Value, QmpError> {
+    alone(control, arguments, BitmapAction::read_abdicate)
+}
+
+pub(super) fn reclaim(control: &Control, arguments: Arguments) -> Result<Value, QmpError> {
+    alone(control, arguments, BitmapAction::read_reclaim)
+}
+
+/// The bits as they stand; of the frozen set while there is one. The guest does not notice.
+pub(super) fn query(control: &Control, mut arguments: Arguments) -> Result<Value, QmpError> {
+    let bitmap = named(&mut arguments)?;
+    let page = Page::read(&mut arguments)?;
+    arguments.finish()?;
+    let disk = control.bitmap_node(&bitmap.node)?;
+    let (info, bits) = disk.tracker.look(&bitmap.name)?;
+    let mut answer = Map::new();
+    answer.insert("node".into(), disk.id.clone().into());
+    answer.insert("name".into(), bitmap.name.into());
+    answer.insert("recording".into(), info.recording.into());
+    answer.insert("busy".into(), info.busy.into());
+    if let Some(freeze) = info.frozen {
+        answer.insert("freeze-id".into(), freeze.to_string().into());
+    }
+    page.show(&bits, &mut answer)?;
+    Ok(answer.into())
 }
 
 /// A hash of the bits as they stand, for tests; a busy bitmap may be asked too.

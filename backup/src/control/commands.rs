@@ -6,7 +6,8 @@
 
 use super::schema::{EMPTY, Member, Object, Type, object, optional, required};
 use super::{
-    Control, backup, bitmaps, exports, jobs, nodes, objects, points, populate, queries, resize, schema, transaction,
+    Control, backup, bitmaps, checkpoints, exports, jobs, nodes, objects, points, populate, queries, resize, schema,
+    transaction,
 };
 use crate::qmp::{Arguments, QmpError};
 use Type::{Bool, Int, Str};
@@ -35,12 +36,15 @@ const fn query(name: &'static str, handler: Handler, arguments: &'static Object,
 
 /// All of them, in the order of `query-commands`.
 pub(super) static COMMANDS: &[Command] = &[
+    order("block-dirty-bitmap-abdicate", bitmaps::abdicate, &BITMAP_FREEZE),
     order("block-dirty-bitmap-add", bitmaps::add, &BITMAP_ADD),
     order("block-dirty-bitmap-clear", bitmaps::clear, &BITMAP),
+    order("block-dirty-bitmap-create-successor", bitmaps::create_successor, &BITMAP),
     order("block-dirty-bitmap-disable", bitmaps::disable, &BITMAP),
     order("block-dirty-bitmap-enable", bitmaps::enable, &BITMAP),
     order("block-dirty-bitmap-merge", bitmaps::merge, &BITMAP_MERGE),
     order("block-dirty-bitmap-populate", populate::populate, &POPULATE),
+    order("block-dirty-bitmap-reclaim", bitmaps::reclaim, &BITMAP_FREEZE),
     order("block-dirty-bitmap-remove", bitmaps::remove, &BITMAP),
     order("block-export-add", exports::add, &EXPORT),
     order("block-export-del", exports::delete, &EXPORT_DEL),
@@ -56,6 +60,8 @@ pub(super) static COMMANDS: &[Command] = &[
     order("blockdev-add", nodes::add, &NODE),
     order("blockdev-backup", backup::blockdev_backup, &BLOCKDEV_BACKUP),
     order("blockdev-del", nodes::delete, &object(&[&[required("node-name", Str)]])),
+    order("checkpoint-create", checkpoints::add, &CHECKPOINT),
+    order("checkpoint-delete", checkpoints::delete, &CHECKPOINT_DELETE),
     order("drive-backup", backup::drive_backup, &DRIVE_BACKUP),
     order("job-cancel", jobs::cancel, &JOB),
     order("job-complete", jobs::complete, &JOB),
@@ -71,8 +77,11 @@ pub(super) static COMMANDS: &[Command] = &[
     order("point-add", points::add, &POINT_ADD),
     order("point-remove", points::remove, &POINT_REMOVE),
     query("query-block", queries::block, &EMPTY, Type::Array(&Type::Object(&BLOCK_INFO))),
+    query("query-block-dirty-bitmap", bitmaps::query, &BITMAP_PAGE, Type::Object(&BITMAP_REGIONS)),
     query("query-block-exports", exports::query, &EMPTY, Type::Array(&Type::Object(&EXPORT_INFO))),
     query("query-block-jobs", jobs::query_block, &EMPTY, Type::Array(&Type::Object(&BLOCK_JOB_INFO))),
+    query("query-changes", checkpoints::changes, &CHANGES, Type::Object(&CHANGED_REGIONS)),
+    query("query-checkpoints", checkpoints::query, &EMPTY, Type::Array(&Type::Object(&CHECKPOINT_INFO))),
     query(
         "query-commands",
         queries::commands,
@@ -146,6 +155,53 @@ static BITMAP_OR_NAME: [Type; 2] = [Str, Type::Object(&BITMAP)];
 
 static BITMAP_MERGE: Object =
     object(&[&[required("node", Str), required("target", Str), required("bitmaps", BITMAPS)]]);
+
+static BITMAP_FREEZE: Object = object(&[NAMED, &[optional("freeze-id", Str)]]);
+
+// ---- bits in pages
+
+const PAGE: &[Member] = &[optional("offset", Int), optional("limit", Int)];
+
+const REGIONS: &[Member] = &[
+    required("size", Int),
+    required("granularity", Int),
+    required("count", Int),
+    required("dirty-regions", Type::Array(&REGION)),
+    optional("next-offset", Int),
+];
+
+static REGION: Type = Type::Object(&object(&[&[required("start", Int), required("count", Int)]]));
+
+static BITMAP_PAGE: Object = object(&[NAMED, PAGE]);
+
+static BITMAP_REGIONS: Object =
+    object(&[NAMED, &[required("recording", Bool), required("busy", Bool), optional("freeze-id", Str)], REGIONS]);
+
+// ---- checkpoints
+
+static CHECKPOINT: Object =
+    object(&[&[required("name", Str), optional("nodes", Type::Array(&Str)), optional("granularity", Int)]]);
+
+static CHECKPOINT_DELETE: Object = object(&[&[required("name", Str)]]);
+
+static CHANGES: Object = object(&[&[required("node", Str), required("from", Str), optional("to", Str)], PAGE]);
+
+static CHANGED_REGIONS: Object =
+    object(&[&[required("node", Str), required("from", Str), optional("to", Str)], REGIONS]);
+
+static CHECKPOINT_INFO: Object = object(&[&[
+    required("name", Str),
+    required("id", Str),
+    required("created", Type::Object(&object(&[&[required("seconds", Int), required("microseconds", Int)]]))),
+    required(
+        "nodes",
+        Type::Array(&Type::Object(&object(&[&[
+            required("node", Str),
+            required("size", Int),
+            required("granularity", Int),
+        ]]))),
+    ),
+]]);
 
 // ---- points in time
 
@@ -298,6 +354,11 @@ static ACTION: Object = Object {
             "block-dirty-bitmap-disable",
             "block-dirty-bitmap-merge",
             "block-dirty-bitmap-populate",
+            "block-dirty-bitmap-create-successor",
+            "block-dirty-bitmap-abdicate",
+            "block-dirty-bitmap-reclaim",
+            "checkpoint-create",
+            "checkpoint-delete",
             "point-add",
             "point-remove",
             "blockdev-backup",
@@ -315,6 +376,11 @@ static ACTION: Object = Object {
             ("block-dirty-bitmap-disable", &ON_BITMAP),
             ("block-dirty-bitmap-merge", &object(&[&[required("data", Type::Object(&BITMAP_MERGE))]])),
             ("block-dirty-bitmap-populate", &object(&[&[required("data", Type::Object(&POPULATE))]])),
+            ("block-dirty-bitmap-create-successor", &ON_BITMAP),
+            ("block-dirty-bitmap-abdicate", &ON_FREEZE),
+            ("block-dirty-bitmap-reclaim", &ON_FREEZE),
+            ("checkpoint-create", &object(&[&[required("data", Type::Object(&CHECKPOINT))]])),
+            ("checkpoint-delete", &object(&[&[required("data", Type::Object(&CHECKPOINT_DELETE))]])),
             ("point-add", &object(&[&[required("data", Type::Object(&POINT_ADD))]])),
             ("point-remove", &object(&[&[required("data", Type::Object(&POINT_REMOVE))]])),
             ("blockdev-backup", &object(&[&[required("data", Type::Object(&BLOCKDEV_BACKUP))]])),
@@ -322,6 +388,8 @@ static ACTION: Object = Object {
         ],
     )),
 };
+
+static ON_FREEZE: Object = object(&[&[required("data", Type::Object(&BITMAP_FREEZE))]]);
 
 static ON_BITMAP: Object = object(&[&[required("data", Type::Object(&BITMAP))]]);
 
@@ -540,6 +608,7 @@ static BITMAP_INFO: Object = object(&[&[
     optional("inconsistent", Bool),
     required("frozen", Bool),
     optional("freeze-id", Str),
+    optional("frozen-by", Type::Enum(&["client", "job"])),
 ]]);
 
 static SCHEMA_INFO: Object = Object {

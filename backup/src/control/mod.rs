@@ -3,7 +3,8 @@
 //! `qmp` brings names and arguments, this room knows what they mean. Each command reads all of its arguments before it does
 //! anything; one that is refused leaves nothing behind. Rooms: `commands` (which there are, and what they look like),
 //! `schema` (to tell it), `options` (members that several commands share), `nodes` (disks, and targets as nodes), `bitmaps`,
-//! `backup`, `populate`, `transaction` (through which every change of bitmaps and every backup goes, alone or with others), `jobs`,
+//! `checkpoints`, `regions` (bits in pages), `backup`, `populate`, `transaction` (through which every change of bitmaps and every
+//! backup goes, alone or with others), `jobs`,
 //! `queries`, `resize`, `points` (points in time as nodes), `exports` (disks and points over NBD) with
 //! `standing` (the bits of bitmaps that go with them), `objects` (credentials).
 //!
@@ -12,6 +13,7 @@
 
 mod backup;
 mod bitmaps;
+mod checkpoints;
 mod claim;
 mod commands;
 mod destination;
@@ -23,6 +25,7 @@ mod options;
 mod points;
 mod populate;
 mod queries;
+mod regions;
 mod resize;
 mod schema;
 mod standing;

@@ -271,15 +271,18 @@ impl PointAction {
         }
     }
 
+    /// What the commit to come arms, and where.
+    pub(super) fn armed(&self) -> Option<(&Arc<Node>, &Arc<Point>)> {
+        match self {
+            Self::Add(AddPoint { made: Some(node), .. }) => Some((&node.disk, &node.point)),
+            Self::Add(_) | Self::Remove(_) => None,
+        }
+    }
+
     /// The commit succeeded. What is dropped takes time, and is to be dropped without the registry's lock.
-    pub(super) fn in_force(
-        self,
-        control: &Control,
-        cut_of: impl Fn(&Arc<Node>) -> Arc<PreCut>,
-    ) -> Option<Arc<PointNode>> {
+    pub(super) fn in_force(self, control: &Control) -> Option<Arc<PointNode>> {
         match self {
             Self::Add(AddPoint { made: Some(node), reserved, .. }) => {
-                node.point.begin(cut_of(&node.disk));
                 lock(&control.points.0).nodes.push(node);
                 drop(reserved);
                 None

@@ -6,7 +6,7 @@ use super::points::PointNode;
 use super::{Control, done};
 use crate::node::Node;
 use crate::qmp::{Arguments, QmpError, version as qmp_version};
-use blkmark_bitmap::BitmapInfo;
+use blkmark_bitmap::{BitmapInfo, Owner};
 use serde_json::{Map, Value, json};
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
@@ -121,11 +121,15 @@ fn bitmap_info(bitmap: &BitmapInfo) -> Value {
         "granularity": bitmap.granularity.bytes(),
         "recording": bitmap.recording,
         "busy": bitmap.busy,
-        "persistent": false,
+        "persistent": bitmap.persistent,
         "frozen": bitmap.frozen.is_some(),
     });
+    if bitmap.inconsistent {
+        info["inconsistent"] = true.into();
+    }
     if let Some(freeze) = bitmap.frozen {
         info["freeze-id"] = freeze.to_string().into();
+        info["frozen-by"] = if bitmap.owner == Some(Owner::Client) { "client" } else { "job" }.into();
     }
     info
 }

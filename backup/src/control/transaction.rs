@@ -7,13 +7,15 @@
 
 use super::backup::BackupAction;
 use super::bitmaps::BitmapAction;
+use super::checkpoints::CheckpointAction;
 use super::points::{self, PointAction};
 use super::populate::PopulateAction;
 use super::{Control, done};
-use crate::job::{Backup, Locked, NewJob, Work};
+use crate::job::{Locked, NewJob};
 use crate::node::Node;
 use crate::qmp::{Arguments, QmpError};
 use blkmark_bitmap::Commit;
+use blkmark_bitmap::flip::Cut;
 use blkmark_bitmap::named::Draft;
 use serde_json::Value;
 use std::sync::Arc;
@@ -25,6 +27,8 @@ pub(super) enum Action {
     Abort,
     /// A bitmap operation.
     Bitmap(BitmapAction),
+    /// A checkpoint that is made or deleted.
+    Checkpoint(CheckpointAction),
     /// A point in time that is made or dropped.
     Point(Box<PointAction>),
     /// A backup job.
@@ -53,6 +57,11 @@ impl<'a> Stage<'a> {
 
     pub(super) fn control(&self) -> &'a Control {
         self.control
+    }
+
+    /// Whether an action so far is about this disk: then its tracker is locked, and only the draft may be asked.
+    pub(super) fn touches(&self, disk: &Arc<Node>) -> bool {
+        self.commits.iter().any(|(node, _)| Arc::ptr_eq(node, disk))
     }
 
     fn position(&mut self, disk: &'a Arc<Node>) -> usize {
@@ -91,7 +100,7 @@ impl Action {
     /// Whether files are to be opened or made for it, with no lock held.
     fn opens_a_file(&self) -> bool {
         match self {
-            Action::Abort | Action::Bitmap(_) => false,
+            Action::Abort | Action::Bitmap(_) | Action::Checkpoint(_) => false,
             Action::Backup(_) | Action::Point(_) => true,
             Action::Populate(populate) => populate.opens_a_file(),
         }
@@ -101,6 +110,7 @@ impl Action {
         Ok(match kind {
             Kind::Abort => Action::Abort,
             Kind::Bitmap(read) => Action::Bitmap(read(data)?),
+            Kind::Checkpoint(read) => Action::Checkpoint(read(data)?),
             Kind::Point(read) => Action::Point(Box::new(read(data)?)),
             Kind::Backup(read) => Action::Backup(Box::new(read(data)?)),
             Kind::Populate => Action::Populate(Box::new(PopulateAction::read(data)?)),
@@ -112,6 +122,7 @@ impl Action {
 enum Kind {
     Abort,
     Bitmap(fn(&mut Arguments) -> Result<BitmapAction, QmpError>),
+    Checkpoint(fn(&mut Arguments) -> Result<CheckpointAction, QmpError>),
     Point(fn(&mut Arguments) -> Result<PointAction, QmpError>),
     Backup(fn(&mut Arguments) -> Result<BackupAction, QmpError>),
     Populate,
@@ -127,6 +138,11 @@ const KINDS: &[(&str, Kind)] = &[
     ("block-dirty-bitmap-disable", Kind::Bitmap(BitmapAction::read_disable)),
     ("block-dirty-bitmap-merge", Kind::Bitmap(BitmapAction::read_merge)),
     ("block-dirty-bitmap-populate", Kind::Populate),
+    ("block-dirty-bitmap-create-successor", Kind::Bitmap(BitmapAction::read_create_successor)),
+    ("block-dirty-bitmap-abdicate", Kind::Bitmap(BitmapAction::read_abdicate)),
+    ("block-dirty-bitmap-reclaim", Kind::Bitmap(BitmapAction::read_reclaim)),
+    ("checkpoint-create", Kind::Checkpoint(CheckpointAction::read_create)),
+    ("checkpoint-delete", Kind::Checkpoint(CheckpointAction::read_delete)),
     ("point-add", Kind::Point(PointAction::read_add)),
     ("point-remove", Kind::Point(PointAction::read_remove)),
     ("blockdev-backup", Kind::Backup(BackupAction::read_blockdev)),
@@ -171,7 +187,7 @@ pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) ->
             match action {
                 Action::Backup(backup) => backup.open_scratch(control)?,
                 Action::Point(point) => point.open_scratch(control)?,
-                Action::Abort | Action::Bitmap(_) | Action::Populate(_) => {}
+                Action::Abort | Action::Bitmap(_) | Action::Checkpoint(_) | Action::Populate(_) => {}
             }
         }
         for overwrite in [false, true] {
@@ -179,7 +195,7 @@ pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) ->
                 match action {
                     Action::Backup(backup) => backup.open(control, overwrite)?,
                     Action::Populate(populate) => populate.open(control)?,
-                    Action::Abort | Action::Bitmap(_) | Action::Point(_) => {}
+                    Action::Abort | Action::Bitmap(_) | Action::Checkpoint(_) | Action::Point(_) => {}
                 }
             }
         }
@@ -190,31 +206,36 @@ pub(super) fn run(control: &Control, mut actions: Vec<Action>, grouped: bool) ->
     let mut stage = Stage::new(control, &locked, true);
     walk(&mut stage, &locked, &mut actions)?;
     let (disks, commits): (Vec<_>, Vec<_>) = stage.commits.into_iter().unzip();
-    let cuts = locked.commit(commits).map_err(|error| QmpError::generic(error.to_string()))?;
+    let begun = |cuts: &[Cut]| {
+        // Points begin before the commit is durable: what they hold of their guests must not wait for a store.
+        let cut_of = points::cut_of(&disks, cuts);
+        for action in &actions {
+            let armed = match action {
+                Action::Backup(backup) => backup.armed(),
+                Action::Point(point) => point.armed(),
+                Action::Abort | Action::Bitmap(_) | Action::Checkpoint(_) | Action::Populate(_) => None,
+            };
+            if let Some((disk, point)) = armed {
+                point.begin(cut_of(disk));
+            }
+        }
+    };
+    locked.commit_then(commits, begun).map_err(|error| QmpError::generic(error.to_string()))?;
     // From here on there is no way back, and nothing that could fail but a job.
     for action in &mut actions {
         match action {
             Action::Backup(backup) => spare.push(backup.spare_scratch()),
             Action::Point(point) => spare.push(point.spare_scratch()),
-            Action::Abort | Action::Bitmap(_) | Action::Populate(_) => {}
+            Action::Abort | Action::Bitmap(_) | Action::Checkpoint(_) | Action::Populate(_) => {}
         }
     }
-    let cut_of = points::cut_of(&disks, &cuts);
     let (mut new, mut gone): (Vec<NewJob>, Vec<_>) = (Vec::new(), Vec::new());
     for action in actions {
         match action {
             Action::Backup(backup) => new.extend(backup.into_job()),
             Action::Populate(populate) => new.extend(populate.into_job()),
-            Action::Point(point) => gone.extend(point.in_force(control, &cut_of)),
-            Action::Abort | Action::Bitmap(_) => {}
-        }
-    }
-    for job in &new {
-        // A populate reads beside the writes that were in flight: they count as written since.
-        if let Work::Backup(Backup { held, .. }) = &job.work
-            && !held.point.is_view()
-        {
-            held.point.begin(cut_of(&held.node));
+            Action::Point(point) => gone.extend(point.in_force(control)),
+            Action::Abort | Action::Bitmap(_) | Action::Checkpoint(_) => {}
         }
     }
     locked.start(new, grouped);
@@ -229,6 +250,7 @@ fn walk<'a>(stage: &mut Stage<'a>, locked: &Locked<'_>, actions: &mut [Action]) 
         match action {
             Action::Abort => return Err(QmpError::generic("Transaction aborted using Abort action")),
             Action::Bitmap(action) => action.apply(stage)?,
+            Action::Checkpoint(action) => action.apply(stage)?,
             Action::Point(action) => {
                 action.apply(stage)?;
                 locked.may_start()?;

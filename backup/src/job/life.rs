@@ -14,7 +14,7 @@ use super::work::{Far, Held, Work};
 use crate::copy::{Action, Side};
 use crate::node::Node;
 use crate::point::Point;
-use blkmark_bitmap::{Commit, flip};
+use blkmark_bitmap::{Commit, CommitError, StoreError, flip};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io;
@@ -256,10 +256,21 @@ fn advance(jobs: &Jobs, inner: &mut Inner, key: u64) -> Spent {
 }
 
 /// All threads are back: settles everything at one instant, then tells of it.
-fn conclude(jobs: &Jobs, inner: &mut Inner, members: &[u64], success: bool) -> Spent {
+fn conclude(jobs: &Jobs, inner: &mut Inner, members: &[u64], mut success: bool) -> Spent {
+    if success && let Err(error) = settle(inner, members, true) {
+        // The targets are whole, but the bitmaps could not follow: the next increment begins where this one did.
+        success = false;
+        for entry in inner.entries.iter_mut().filter(|entry| members.contains(&entry.key)) {
+            if let Some(outcome) = &mut entry.outcome {
+                outcome.result = Err(Failure::Error(error.to_string()));
+            }
+        }
+    }
     let kept: Vec<u64> = inner.entries.iter().filter(|e| !success && keeps(e)).map(|entry| entry.key).collect();
     let over: Vec<u64> = members.iter().copied().filter(|key| !kept.contains(key)).collect();
-    settle(inner, &over, success);
+    if !success && let Err(error) = settle(inner, &over, false) {
+        tracing::error!(%error, "what a failure leaves is not stored");
+    }
     let mut spent = Spent::new();
     for entry in inner.entries.iter_mut().filter(|entry| members.contains(&entry.key)) {
         if kept.contains(&entry.key)
@@ -308,7 +319,9 @@ fn keeps(entry: &Entry) -> bool {
 
 /// Forgets a concluded job; what it kept is reclaimed.
 pub(super) fn dismiss(jobs: &Jobs, inner: &mut Inner, key: u64) -> Spent {
-    settle(inner, &[key], false);
+    if let Err(error) = settle(inner, &[key], false) {
+        tracing::error!(%error, "what a failure leaves is not stored");
+    }
     let mut spent = Spent::new();
     if let Some(entry) = inner.entry(key) {
         if let Some(held) = entry.held.take() {
@@ -320,8 +333,8 @@ pub(super) fn dismiss(jobs: &Jobs, inner: &mut Inner, key: u64) -> Spent {
     spent
 }
 
-/// One commit for all bitmaps and gates of the group.
-fn settle(inner: &Inner, members: &[u64], success: bool) {
+/// One commit for all bitmaps and gates of the group. Success has to be durable before anybody hears of it, or it is none.
+fn settle(inner: &Inner, members: &[u64], success: bool) -> Result<(), StoreError> {
     let jobs: Vec<(&Held, Option<&Outcome>)> = inner
         .entries
         .iter()
@@ -333,7 +346,7 @@ fn settle(inner: &Inner, members: &[u64], success: bool) {
         let node = held.node();
         nodes.entry(&node.id).or_insert_with(|| (node, Vec::new())).1.push((held, outcome));
     }
-    commit_until_done(|| {
+    let prepare = || {
         nodes
             .values()
             .map(|(node, jobs)| {
@@ -344,13 +357,33 @@ fn settle(inner: &Inner, members: &[u64], success: bool) {
                 commit
             })
             .collect()
-    });
+    };
+    if success {
+        return commit_durably(prepare);
+    }
+    commit_until_done(prepare);
+    Ok(())
 }
 
-/// What a job leaves behind has to come into force, so there is no giving up.
+/// What a job leaves behind has to come into force, so there is no giving up. If it cannot be stored, that is no reason either: a
+/// start makes of what is stored what a failed job leaves.
 pub(crate) fn commit_until_done<'a>(prepare: impl Fn() -> Vec<Commit<'a>>) {
-    while let Err(error) = flip::commit(prepare()) {
+    while let Err(error) = flip::commit_regardless(prepare()) {
         tracing::warn!(%error, "will try again");
         std::thread::sleep(BREATH);
+    }
+}
+
+/// Commits what has to be durable (I5). On an error nothing has changed.
+fn commit_durably<'a>(prepare: impl Fn() -> Vec<Commit<'a>>) -> Result<(), StoreError> {
+    loop {
+        match flip::commit(prepare()) {
+            Ok(_) => return Ok(()),
+            Err(CommitError::Store(error)) => return Err(error),
+            Err(error @ CommitError::NotQuiescent(_)) => {
+                tracing::warn!(%error, "will try again");
+                std::thread::sleep(BREATH);
+            }
+        }
     }
 }

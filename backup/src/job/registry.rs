@@ -14,8 +14,7 @@ use crate::node::Node;
 use crate::point::Point;
 use crate::qmp::Events;
 use crate::target::Target;
-use blkmark_bitmap::admission::NotQuiescent;
-use blkmark_bitmap::{Commit, flip};
+use blkmark_bitmap::{Commit, CommitError, flip};
 use serde_json::{Map, Value, json};
 use std::any::Any;
 use std::collections::HashSet;
@@ -531,9 +530,18 @@ impl Locked<'_> {
         if self.inner.closing { Err(JobError::ShuttingDown) } else { Ok(()) }
     }
 
-    /// Puts drafts in force.
-    pub fn commit(&mut self, commits: Vec<Commit<'_>>) -> Result<Vec<flip::Cut>, NotQuiescent> {
+    /// Puts drafts in force, durably where the disks have stores.
+    pub fn commit(&mut self, commits: Vec<Commit<'_>>) -> Result<Vec<flip::Cut>, CommitError> {
         flip::commit(commits)
+    }
+
+    /// The same; `begun` is called as soon as they are in force, so that no guest waits for a store.
+    pub fn commit_then(
+        &mut self,
+        commits: Vec<Commit<'_>>,
+        begun: impl FnOnce(&[flip::Cut]),
+    ) -> Result<Vec<flip::Cut>, CommitError> {
+        flip::commit_then(commits, begun)
     }
 
     /// Begins a job again: the same point and the same freeze, under the same id, into `target`.

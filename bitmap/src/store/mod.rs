@@ -1,0 +1,44 @@
+//! The store: bitmaps that survive kill -9 and power cuts, beside the disk and never in it.
+//!
+//! From the bottom up: [`medium`] (what is needed of a directory; `directory` is the real one), `codec`, [`object`] (sets of
+//! bits, written once), [`record`] (all there is to know, in two slots), [`table`] (which extents may have changed since),
+//! [`maps`] (live maps on tmpfs; `shm`, `mapping`), [`stamp`] (whether the disk is the same), [`reading`] (what a crash left
+//! amounts to), `heat` (makes an extent durably hot before it is written to), `keeper` (writes records). `docs/store.md` has
+//! every byte, and why no crash loses a bit.
+//!
+//! Called by `tracker` and `flip`, under the control lock of a disk; `heat` by queue threads, which it costs a load and a test.
+
+pub(crate) mod codec;
+pub mod directory;
+pub(crate) mod heat;
+pub(crate) mod keeper;
+#[cfg(not(any(loom, shuttle)))]
+pub(crate) mod mapping;
+pub mod maps;
+pub mod medium;
+pub mod object;
+pub mod reading;
+pub mod record;
+#[cfg(not(any(loom, shuttle)))]
+pub mod shm;
+pub mod stamp;
+pub mod table;
+
+pub use codec::Damage;
+pub use directory::Directory;
+pub use keeper::StoreError;
+pub use maps::{Maps, NoMaps};
+pub use medium::Medium;
+#[cfg(not(any(loom, shuttle)))]
+pub use shm::Shm;
+pub use stamp::Stamp;
+
+/// Where a disk's bitmaps are to be kept.
+pub struct Place {
+    /// The store's files.
+    pub medium: std::sync::Arc<dyn Medium>,
+    /// Its live maps.
+    pub maps: Box<dyn Maps>,
+    /// The disk as it is now.
+    pub disk: Stamp,
+}

@@ -1,0 +1,200 @@
+//! Promise: whatever is done to a store's files, it opens, and no bitmap claims less than the truth: damaged, cut short, swapped,
+//! older or newer files make it inconsistent or wider, or leave nothing of it.
+#![cfg(not(any(loom, shuttle)))]
+
+#[path = "crash/medium.rs"]
+#[allow(dead_code, reason = "the crash test uses all of it")]
+mod medium;
+
+use blkmark_bitmap::store::{Place, Stamp};
+use blkmark_bitmap::tracker::Admitted;
+use blkmark_bitmap::{ByteRange, Granularity, Tracker, commit};
+use medium::{Faults, Files, Random, SimMaps, SimMedium};
+use std::sync::Arc;
+use uuid::Uuid;
+
+const MIB: u64 = 1 << 20;
+const SIZE: u64 = 256 * MIB;
+/// What was written while each of the bitmaps recorded.
+const WRITTEN: [u64; 4] = [0, 33 * MIB, 40 * MIB, 255 * MIB];
+const AFTER: u64 = 100 * MIB;
+
+fn stamp() -> Stamp {
+    Stamp { block_device: false, device: 1, inode: 2, size: SIZE, changed: 3, touched: 4, boot: Uuid::nil() }
+}
+
+fn open(medium: &Arc<SimMedium>, disk: Stamp) -> Arc<Tracker> {
+    Tracker::open_idle(Place { medium: Arc::clone(medium) as _, maps: Box::new(SimMaps::default()), disk }, 1, 4)
+}
+
+fn write(tracker: &Arc<Tracker>, offset: u64) {
+    let mut lane = tracker.lane(0).unwrap();
+    loop {
+        let admitted = lane.enter().admit(0, ByteRange::new(offset, 4096));
+        match admitted {
+            Admitted::Go => return lane.finish(0),
+            Admitted::Held(gate) => {
+                gate.hold(ByteRange::new(offset, 4096), Box::new(|_| {}));
+                assert!(tracker.serve_store());
+            }
+            Admitted::Beyond => unreachable!(),
+        }
+    }
+}
+
+/// A store with a bitmap that records and one that does not any more; and the same a few commands earlier.
+fn store(clean: bool) -> (Files, Files) {
+    let medium = SimMedium::new(Files::default(), 1, Faults::None, None);
+    let tracker = open(&medium, stamp());
+    let edit = |change: &dyn Fn(&mut blkmark_bitmap::named::Draft)| {
+        let mut begun = tracker.begin();
+        change(&mut begun.draft);
+        commit(vec![begun]).unwrap();
+    };
+    edit(&|draft| {
+        for name in ["on", "off"] {
+            draft.add(name, Granularity::DEFAULT, false).unwrap();
+            draft.keep(name).unwrap();
+        }
+    });
+    let early = medium.state.lock().unwrap().clone();
+    WRITTEN.iter().for_each(|offset| write(&tracker, *offset));
+    edit(&|draft| draft.disable("off").unwrap());
+    write(&tracker, AFTER);
+    tracker.cool();
+    tracker.cool();
+    if clean {
+        tracker.close(stamp()).unwrap();
+    }
+    let files = medium.state.lock().unwrap().clone();
+    (files, early)
+}
+
+/// Opens it and looks whether anything lies; answers how many bitmaps are still consistent.
+fn look(files: Files, disk: Stamp, what: &str) -> usize {
+    let medium = SimMedium::new(files, 1, Faults::None, None);
+    let tracker = open(&medium, disk);
+    let consistent: Vec<_> = tracker.list().into_iter().filter(|info| !info.inconsistent).collect();
+    for info in &consistent {
+        let bits = tracker.bits(&info.name).unwrap();
+        let lost = WRITTEN.iter().find(|offset| !bits.any(ByteRange::new(**offset, 1)));
+        assert!(lost.is_none(), "{what}: {} lost {lost:?}", info.name);
+        match info.name.as_str() {
+            "on" => assert!(info.recording && bits.any(ByteRange::new(AFTER, 1)), "{what}"),
+            "off" if !info.recording => assert_eq!(bits.set_bits(), WRITTEN.len() as u64, "{what}"),
+            // Of before the command: wider.
+            "off" => {}
+            other => panic!("{what}: a bitmap '{other}' came from nowhere"),
+        }
+    }
+    consistent.len()
+}
+
+#[test]
+fn what_nobody_touched_is_whole() {
+    for clean in [false, true] {
+        assert_eq!(look(store(clean).0, stamp(), "untouched"), 2);
+    }
+}
+
+#[test]
+fn a_flipped_bit_makes_nothing_lie() {
+    let mut random = Random(7);
+    for clean in [false, true] {
+        let (files, _) = store(clean);
+        for name in files.names() {
+            let len = files.clone().bytes_of(&name).unwrap().len();
+            // Slots are mostly room.
+            for at in 0..len.min(3000) {
+                let mut files = files.clone();
+                let flip = 1 << random.below(8);
+                files.bytes_of(&name).unwrap()[at] ^= flip;
+                look(files.clone(), stamp(), &format!("{name}[{at}] ^ {flip}"));
+                if name == "slot.0" && at < 700 {
+                    files.bytes_of("slot.1").unwrap()[at] ^= flip;
+                    look(files, stamp(), &format!("both slots [{at}] ^ {flip}"));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_cut_short_or_missing_makes_nothing_lie() {
+    for clean in [false, true] {
+        let (files, _) = store(clean);
+        for name in files.names() {
+            let len = files.clone().bytes_of(&name).unwrap().len();
+            for keep in [0, 1, 7, 16, 47, 48, 100, 511, 512, len / 2, len - 1] {
+                let mut files = files.clone();
+                files.bytes_of(&name).unwrap().truncate(keep);
+                look(files.clone(), stamp(), &format!("{name} cut to {keep}"));
+                if name == "slot.0" {
+                    files.bytes_of("slot.1").unwrap().truncate(keep);
+                    look(files, stamp(), &format!("both slots cut to {keep}"));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn files_in_each_others_place_make_nothing_lie() {
+    for clean in [false, true] {
+        let (files, early) = store(clean);
+        for one in files.names() {
+            for other in files.names() {
+                let mut swapped = files.clone();
+                *swapped.bytes_of(&one).unwrap() = files.clone().bytes_of(&other).unwrap().clone();
+                look(swapped, stamp(), &format!("{other} in the place of {one}"));
+            }
+            // What it held earlier.
+            let mut older = files.clone();
+            if let Some(bytes) = early.clone().bytes_of(&one) {
+                *older.bytes_of(&one).unwrap() = bytes.clone();
+                look(older, stamp(), &format!("an older {one}"));
+            }
+        }
+        let mut older = files.clone();
+        for slot in ["slot.0", "slot.1"] {
+            *older.bytes_of(slot).unwrap() = early.clone().bytes_of(slot).unwrap().clone();
+        }
+        assert_eq!(look(older, stamp(), "both slots older"), 0, "an older record was believed");
+    }
+}
+
+#[test]
+fn a_newer_version_is_left_alone() {
+    let (mut files, _) = store(true);
+    for slot in ["slot.0", "slot.1"] {
+        files.bytes_of(slot).unwrap()[8] = 99;
+    }
+    let before = files.clone().bytes_of("slot.0").unwrap().clone();
+    let medium = SimMedium::new(files, 1, Faults::None, None);
+    let tracker = open(&medium, stamp());
+    assert!(tracker.list().is_empty());
+    let refused = tracker.persistence().unwrap_err().to_string();
+    assert!(refused.contains("has version 99"), "{refused}");
+    assert_eq!(*medium.state.lock().unwrap().bytes_of("slot.0").unwrap(), before);
+}
+
+#[test]
+fn another_disk_or_a_changed_one_makes_bitmaps_inconsistent() {
+    let (clean, _) = store(true);
+    let (killed, _) = store(false);
+    let differ = [
+        ("another file", Stamp { inode: 9, ..stamp() }, true),
+        ("another device", Stamp { device: 9, ..stamp() }, true),
+        ("a device, not a file", Stamp { block_device: true, ..stamp() }, true),
+        ("another size", Stamp { size: 2 * SIZE, ..stamp() }, true),
+        ("written to", Stamp { changed: 9, ..stamp() }, false),
+        ("replaced", Stamp { touched: 9, ..stamp() }, false),
+    ];
+    for (what, disk, always) in differ {
+        assert_eq!(look(clean.clone(), disk, what), 0, "{what} after a clean end");
+        assert_eq!(look(killed.clone(), disk, what), if always { 0 } else { 2 }, "{what} after a crash");
+    }
+    // Another boot may call the device by another number.
+    let rebooted = Stamp { device: 9, boot: Uuid::max(), ..stamp() };
+    assert_eq!(look(clean, rebooted, "another boot"), 2);
+}
