@@ -1,5 +1,5 @@
-//! The promise: a raw file and a block device, past the host's page cache or through it, with blocks of 512 or 4096 bytes, are
-//! served, tracked and backed up alike.
+//! The promise: a raw file, also one in memory, and a block device, past the host's page cache or through it, with blocks of
+//! 512 or 4096 bytes, are served, tracked and backed up alike.
 //!
 //! Each is written over two queues (writes, zeroes, discards, flushes) and read back against a plain model; a full backup and
 //! an incremental are taken in between, and each restores to what the model was at that moment. Block devices are
@@ -15,6 +15,7 @@ use blkmark_tests::daemon::Daemon;
 use blkmark_tests::images;
 use blkmark_tests::lab::{Disk, Lab, MIB};
 use blkmark_tests::loop_device::Loop;
+use blkmark_tests::small_fs::SmallFileSystem;
 use serde_json::json;
 
 const SIZE: u64 = 24 * MIB;
@@ -31,6 +32,17 @@ fn a_raw_file_through_the_page_cache() -> Result<()> {
     let lab = Lab::new()?;
     let disk = lab.filled_disk("drive0", SIZE)?.with_direct(false);
     serve_and_back_up(&lab, disk, 512)
+}
+
+/// On tmpfs queue threads copy themselves, instead of asking io_uring to.
+#[test]
+fn a_raw_file_in_memory() -> Result<()> {
+    let lab = Lab::new()?;
+    let disk = lab.filled_disk("drive0", SIZE)?;
+    let memory = SmallFileSystem::mount(2 * SIZE)?;
+    let path = memory.folder().join("drive0.raw");
+    fs::copy(&disk.path, &path)?;
+    serve_and_back_up(&lab, Disk { path, ..disk }, 512)
 }
 
 #[test]

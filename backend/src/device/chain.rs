@@ -6,7 +6,7 @@
 //! Invariant: total and bounded. A table is walked for at most as many steps as it has entries, and one indirect table at
 //! most is entered. A descriptor is copied before it is looked at.
 
-use crate::memory::view::{Spans, read_16};
+use crate::memory::view::{Pair, Spans, read_pair};
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::GuestAddress;
 
@@ -29,14 +29,8 @@ impl Descriptor {
     }
 
     #[inline]
-    fn from_bytes(bytes: [u8; 16]) -> Self {
-        let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, f0, f1, n0, n1] = bytes;
-        Self {
-            addr: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
-            len: u32::from_le_bytes([l0, l1, l2, l3]),
-            flags: u16::from_le_bytes([f0, f1]),
-            next: u16::from_le_bytes([n0, n1]),
-        }
+    fn from_pair((addr, rest): Pair) -> Self {
+        Self { addr, len: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 }
     }
 
     #[cfg(test)]
@@ -136,12 +130,12 @@ impl<'a> Chain<'a> {
             return None;
         }
         let skip = u32::from(self.next) * DESCRIPTOR;
-        let bytes = match self.host {
+        let pair = match self.host {
             // SAFETY: the whole table lies in guest memory that `spans` keeps mapped, and `next` is below its entries.
-            Some(host) => unsafe { read_16(host.add(skip as usize)) },
-            None => self.spans.read_16(self.table.checked_add(u64::from(skip))?)?,
+            Some(host) => unsafe { read_pair(host.add(skip as usize)) },
+            None => self.spans.read_pair(self.table.checked_add(u64::from(skip))?)?,
         };
-        Some(Descriptor::from_bytes(bytes))
+        Some(Descriptor::from_pair(pair))
     }
 }
 

@@ -210,7 +210,8 @@ struct Scan<'a> {
     /// First iovec of this chain, and first that is device-writable.
     start: usize,
     first_writable: Option<usize>,
-    header: [u8; HEADER],
+    /// Its bytes, the first one lowest; what has not come yet is zero.
+    header: u128,
     header_len: usize,
     /// Device-readable bytes after the header; device-writable bytes, the status included.
     readable: u64,
@@ -228,7 +229,7 @@ impl<'a> Scan<'a> {
             start: iovecs.len(),
             iovecs,
             first_writable: None,
-            header: [0; HEADER],
+            header: 0,
             header_len: 0,
             readable: 0,
             writable: 0,
@@ -238,6 +239,7 @@ impl<'a> Scan<'a> {
     }
 
     /// Takes the next descriptor; `None` if the chain is broken by it.
+    #[inline]
     fn take(&mut self, desc: &Descriptor) -> Option<()> {
         let (mut addr, mut len) = (desc.addr(), u64::from(desc.len()));
         if desc.is_write_only() {
@@ -254,35 +256,41 @@ impl<'a> Scan<'a> {
             if self.first_writable.is_some() {
                 return None;
             }
-            let wanted = (HEADER - self.header_len).min(usize::try_from(len).ok()?);
-            if wanted > 0 {
-                if wanted == HEADER {
-                    // As every driver does it.
-                    match self.mem.read_16(addr.0) {
-                        Some(header) => self.header = header,
-                        None => self.fault = true,
-                    }
-                } else {
-                    let part = &mut self.header[self.header_len..self.header_len + wanted];
-                    self.fault |= self.mem.read(addr.0, part).is_none();
-                }
-                self.header_len += wanted;
-                len -= wanted as u64;
-                match addr.checked_add(wanted as u64) {
-                    Some(next) => addr = next,
-                    None => self.fault = true,
-                }
+            if self.header_len < HEADER {
+                (addr, len) = self.take_header(addr, len);
             }
             self.readable += len;
         }
         self.fault |= self.readable.max(self.writable) > MAX_DATA;
-        if !self.fault {
+        if !self.fault && len > 0 {
             self.fault = self.push(addr, len).is_none();
         }
         Some(())
     }
 
+    /// Takes what is missing of the header; answers what follows it in the descriptor.
+    #[inline]
+    fn take_header(&mut self, addr: GuestAddress, len: u64) -> (GuestAddress, u64) {
+        let wanted = len.min((HEADER - self.header_len) as u64);
+        if wanted == HEADER as u64 {
+            // In one piece, as every driver has it.
+            match self.mem.read_pair(addr.0) {
+                Some((low, high)) => self.header = u128::from(low) | u128::from(high) << 64,
+                None => self.fault = true,
+            }
+        } else {
+            let mut part = [0; HEADER];
+            self.fault |= self.mem.read(addr.0, &mut part[..wanted as usize]).is_none();
+            self.header |= u128::from_le_bytes(part) << (8 * self.header_len);
+        }
+        self.header_len += wanted as usize;
+        let next = addr.checked_add(wanted);
+        self.fault |= next.is_none();
+        (next.unwrap_or(addr), len - wanted)
+    }
+
     /// Pushes guest memory as iovecs, one a region; neighbours in host memory become one.
+    #[inline]
     fn push(&mut self, mut addr: GuestAddress, mut len: u64) -> Option<()> {
         while len > 0 {
             let (host, follow) = self.mem.at(addr.0)?;
@@ -335,9 +343,8 @@ impl<'a> Scan<'a> {
         if self.fault || self.header_len < HEADER {
             return Err(IOERR);
         }
-        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = self.header;
-        let sector = u64::from_le_bytes(sector);
-        let kind = match u32::from_le_bytes([t0, t1, t2, t3]) {
+        let sector = (self.header >> 64) as u64;
+        let kind = match self.header as u32 {
             VIRTIO_BLK_T_IN => Kind::Read,
             VIRTIO_BLK_T_OUT => Kind::Write,
             VIRTIO_BLK_T_FLUSH => Kind::Flush,

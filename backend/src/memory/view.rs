@@ -119,17 +119,25 @@ impl Spans {
         Some(())
     }
 
-    /// Copies 16 bytes: a descriptor, a header.
+    /// Copies 16 bytes, a descriptor or a header, as two little-endian words.
     #[inline]
-    pub fn read_16(&self, guest: u64) -> Option<[u8; 16]> {
+    pub fn read_pair(&self, guest: u64) -> Option<Pair> {
         if let Some(host) = self.range(guest, 16) {
             // SAFETY: the 16 bytes lie in the span, which the view keeps mapped.
-            return Some(unsafe { read_16(host) });
+            return Some(unsafe { read_pair(host) });
         }
         let mut bytes = [0; 16];
         self.read(guest, &mut bytes)?;
-        Some(bytes)
+        Some(pair(&bytes))
     }
+}
+
+/// 16 bytes as two words, the first bytes in the low end of the first one.
+pub type Pair = (u64, u64);
+
+fn pair(bytes: &[u8; 16]) -> Pair {
+    let whole = u128::from_le_bytes(*bytes);
+    (whole as u64, (whole >> 64) as u64)
 }
 
 /// Copies 16 bytes that somebody else may write at the same time; each is then its old or its new value.
@@ -137,21 +145,27 @@ impl Spans {
 /// # Safety
 /// 16 bytes from `host` on are mapped.
 #[inline]
-pub unsafe fn read_16(host: *const u8) -> [u8; 16] {
-    let mut bytes = [0; 16];
+pub unsafe fn read_pair(host: *const u8) -> Pair {
     if host.addr().is_multiple_of(8) {
         let words = host.cast::<u64>();
         // SAFETY: our caller's promise, and aligned. Volatile, since another process may write there: no reference.
         let (low, high) = unsafe { (words.read_volatile(), words.add(1).read_volatile()) };
-        bytes[..8].copy_from_slice(&low.to_ne_bytes());
-        bytes[8..].copy_from_slice(&high.to_ne_bytes());
-    } else {
-        for (i, byte) in bytes.iter_mut().enumerate() {
-            // SAFETY: likewise; a byte is always aligned.
-            *byte = unsafe { host.add(i).read_volatile() };
-        }
+        return (u64::from_le(low), u64::from_le(high));
     }
-    bytes
+    // SAFETY: our caller's promise.
+    unsafe { read_unaligned_pair(host) }
+}
+
+/// # Safety
+/// As for [`read_pair`].
+#[cold]
+unsafe fn read_unaligned_pair(host: *const u8) -> Pair {
+    let mut bytes = [0; 16];
+    for (i, byte) in bytes.iter_mut().enumerate() {
+        // SAFETY: our caller's promise; a byte is always aligned. Volatile, as above.
+        *byte = unsafe { host.add(i).read_volatile() };
+    }
+    pair(&bytes)
 }
 
 #[cfg(test)]
@@ -194,7 +208,7 @@ mod tests {
             }
             let mut sixteen = [0; 16];
             let there = memory.read_slice(&mut sixteen, GuestAddress(address)).is_ok();
-            prop_assert_eq!(spans.read_16(address), there.then_some(sixteen));
+            prop_assert_eq!(spans.read_pair(address), there.then_some(pair(&sixteen)));
         }
     }
 }

@@ -95,6 +95,9 @@ pub struct Options {
     /// The fio to run (with `--servers fio`)
     #[arg(long, value_name = "PATH", default_value = "fio")]
     pub fio: PathBuf,
+    /// Bitmaps of blkmark that survive (`"persistent": true`), instead of ones in memory alone
+    #[arg(long)]
+    pub persistent: bool,
     /// Count blkmark's instructions a request under callgrind instead of taking times
     #[arg(long)]
     pub instructions: bool,

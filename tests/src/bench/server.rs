@@ -158,7 +158,8 @@ impl Server {
         }
         .with_context(|| server.process.log_tail())?;
         for i in 0..contender.bitmaps() {
-            let arguments = json!({"node": NODE, "name": format!("b{i}"), "persistent": false});
+            let persistent = options.persistent && matches!(contender, Contender::Blkmark { .. });
+            let arguments = json!({"node": NODE, "name": format!("b{i}"), "persistent": persistent});
             qmp.execute("block-dirty-bitmap-add", arguments)
                 .with_context(|| format!("block-dirty-bitmap-add on {name}"))?;
         }
