@@ -23,6 +23,14 @@ lint:
 models:
     scripts/models
 
+# One fuzz target for so many seconds; without arguments, which there are.
+fuzz *arguments:
+    scripts/fuzz {{arguments}}
+
+# The rooms with unsafe code under AddressSanitizer.
+sanitize *arguments:
+    scripts/sanitize {{arguments}}
+
 # Licences, advisories, sources, duplicates (needs cargo-deny).
 deny:
     cargo deny check

@@ -6,11 +6,12 @@
 
 use crate::config::{DiskOptions, ServeOptions, SocketSpec};
 use crate::disk::{DiskFile, OpenOptions};
+use crate::lockdown;
 use crate::persistence;
 use crate::session::{Endpoint, Session};
 use crate::write_path::{ServedDisk, ThreadOptions};
 use anyhow::{Context, Result, bail};
-use blkmark_backup::control::{Control, Settings};
+use blkmark_backup::control::{Control, Sandbox, Settings};
 use blkmark_backup::node::Node;
 use blkmark_backup::qmp::{Events, Server};
 use blkmark_backup::scratch::ScratchSettings;
@@ -56,8 +57,13 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Serves all that `options` ask for. On an error nothing is left behind.
+    /// Serves all that `options` ask for. On an error nothing is left behind. Nothing is locked down: the process has other
+    /// things to do.
     pub fn start(options: &ServeOptions) -> Result<Self> {
+        Self::start_in(options, Sandbox::default())
+    }
+
+    fn start_in(options: &ServeOptions, sandbox: Sandbox) -> Result<Self> {
         let mut opened = Vec::new();
         for disk in &options.disks {
             match open(disk, options).with_context(|| format!("disk '{}'", disk.id)) {
@@ -66,10 +72,11 @@ impl Daemon {
             }
         }
         let served: Vec<_> = opened.iter().map(|(_, (served, _))| Arc::clone(served)).collect();
-        Self::start_opened(options, opened).inspect_err(|_| served.iter().for_each(|served| give_back_one(served)))
+        Self::start_opened(options, sandbox, opened)
+            .inspect_err(|_| served.iter().for_each(|served| give_back_one(served)))
     }
 
-    fn start_opened(options: &ServeOptions, opened: Vec<(&DiskOptions, OpenedDisk)>) -> Result<Self> {
+    fn start_opened(options: &ServeOptions, sandbox: Sandbox, opened: Vec<(&DiskOptions, OpenedDisk)>) -> Result<Self> {
         let mut endpoints = Vec::new();
         for (disk, _) in &opened {
             endpoints.push(endpoint(&disk.socket).with_context(|| format!("disk '{}'", disk.id))?);
@@ -79,6 +86,7 @@ impl Daemon {
         let quit = ends.0.clone();
         let settings = Settings {
             roots: options.allow_paths.clone(),
+            sandbox,
             on_quit: Box::new(move || {
                 // Nobody to tell means that the end is under way.
                 let _ = quit.send(End::Quit);
@@ -177,7 +185,9 @@ pub fn run(options: &ServeOptions) -> Result<()> {
     // A write past RLIMIT_FSIZE is to be an error of that write, not the end of every disk.
     // SAFETY: ignoring a signal runs no code of ours.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-    let daemon = Daemon::start(options)?;
+    // Before the first thread: each inherits it.
+    let sandbox = lockdown::apply(&what_remains(options));
+    let daemon = Daemon::start_in(options, sandbox)?;
     let ender = daemon.ender();
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         for _ in signals.forever() {
@@ -193,6 +203,32 @@ pub fn run(options: &ServeOptions) -> Result<()> {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     tracing::info!(?end, "ending");
     daemon.stop(end)
+}
+
+/// What a daemon with these options has to be able to do. What is not there is for the start to tell.
+fn what_remains(options: &ServeOptions) -> lockdown::Rules {
+    let wish = options.sandbox.unwrap_or_default();
+    let mut directories: Vec<PathBuf> = options.runtime_dir.iter().cloned().collect();
+    let mut sockets: Vec<PathBuf> = options.control.iter().cloned().collect();
+    let mut files = Vec::new();
+    for disk in &options.disks {
+        directories.extend(scratch_directory(disk, options));
+        directories.extend(persistence::directory(disk));
+        files.extend(std::fs::canonicalize(&disk.path));
+        if let SocketSpec::Path(path) = &disk.socket {
+            sockets.push(path.clone());
+        }
+    }
+    lockdown::Rules {
+        seccomp: wish.seccomp(),
+        landlock: wish.landlock(),
+        // Targets and exports over TCP are ordered on the control socket.
+        network: options.control.is_some(),
+        roots: options.allow_paths.clone(),
+        directories,
+        files,
+        sockets,
+    }
 }
 
 fn ready_line(options: &ServeOptions) -> String {

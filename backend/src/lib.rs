@@ -6,6 +6,9 @@ pub mod demo;
 pub mod device;
 pub mod disk;
 pub mod frontend;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
+pub mod lockdown;
 pub mod memory;
 pub mod persistence;
 pub mod session;

@@ -57,6 +57,22 @@ pub(crate) fn place(disk: &DiskOptions, file: &DiskFile, runtime: Option<&Path>)
     Ok(Some(Place { medium, maps, disk: file.stamp(boot())? }))
 }
 
+/// The directory that the store of `disk` is made in. That of devices is made if it is missing.
+pub(crate) fn directory(disk: &DiskOptions) -> Option<PathBuf> {
+    let path = match &disk.bitmaps {
+        Bitmaps::Off => return None,
+        _ if disk.null.is_some() => return None,
+        Bitmaps::At(path) => path.clone(),
+        Bitmaps::Beside => default_path(&disk.path).ok()?,
+    };
+    let parent = path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
+    if parent == Path::new(DEVICES) {
+        // Opening the store tells what is wrong with it.
+        let _ = std::fs::create_dir_all(parent);
+    }
+    Some(parent.to_owned())
+}
+
 /// Where the store of the disk at `path` is unless the operator names another place.
 pub fn default_path(path: &Path) -> Result<PathBuf> {
     let stat = rustix::fs::stat(path)?;

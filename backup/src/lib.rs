@@ -6,6 +6,8 @@ pub mod compare;
 pub mod control;
 pub mod copy;
 pub mod file_lock;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod job;
 pub mod nbd;
 pub mod node;

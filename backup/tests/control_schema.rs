@@ -253,6 +253,7 @@ fn answers_and_events_are_as_declared() {
             match command.as_str() {
                 "query-qmp-schema"
                 | "query-commands"
+                | "query-sandbox"
                 | "query-version"
                 | "query-block"
                 | "query-block-exports"

@@ -510,6 +510,8 @@ pub enum Query {
     Block,
     /// All nodes, targets included
     NamedBlockNodes,
+    /// What the daemon has given up since it serves
+    Sandbox,
 }
 
 /// `blkmark qmp`.

@@ -19,6 +19,7 @@ pub(super) fn run(client: &mut Client, args: &QueryArgs, output: &Output) -> Res
         Query::Bitmaps => bitmaps(client, None, output),
         Query::Block => block(client, output),
         Query::NamedBlockNodes => nodes(client, output),
+        Query::Sandbox => sandbox(client, output),
     }
 }
 
@@ -79,6 +80,13 @@ fn nodes(client: &mut Client, output: &Output) -> Result<(), Failure> {
     };
     let header = ["NODE", "DRIVER", "SIZE", "READ-ONLY", "BITMAPS", "FILE"];
     output.result(&found, || table(header, elements(&found).iter().map(row)));
+    Ok(())
+}
+
+fn sandbox(client: &mut Client, output: &Output) -> Result<(), Failure> {
+    let found = client.execute("query-sandbox", Value::Null)?;
+    let row = ["seccomp", "landlock", "paths"].map(|member| text(&found, member));
+    output.result(&found, || table(["SECCOMP", "LANDLOCK", "PATHS"], [row]));
     Ok(())
 }
 

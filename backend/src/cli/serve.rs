@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::failure::Failure;
-use crate::config::{ConfigError, DiskOptions, LogFormat, ServeOptions, from_convention};
+use crate::config::{ConfigError, DiskOptions, LogFormat, SandboxWish, ServeOptions, from_convention};
 
 /// `blkmark serve`, as it was written.
 #[derive(Debug, Args)]
@@ -37,6 +37,11 @@ pub struct ServeArgs {
     /// [default: anywhere that the daemon's user may go]
     #[arg(long = "allow-path", value_name = "DIR")]
     pub allow_paths: Vec<PathBuf>,
+
+    /// What the daemon gives up once it serves: on (everything it does not need), only its seccomp or its landlock part,
+    /// or off (nothing) [default: on]
+    #[arg(long, value_name = "PARTS", value_parser = SandboxWish::parse)]
+    pub sandbox: Option<SandboxWish>,
 
     /// How to write the log: text or json [default: text]
     #[arg(long, value_name = "FORMAT", value_parser = LogFormat::parse)]
@@ -72,6 +77,7 @@ impl ServeArgs {
             runtime_dir: self.runtime_dir.clone(),
             log_format: self.log_format,
             allow_paths: self.allow_paths.clone(),
+            sandbox: self.sandbox,
         };
         if let Some(file) = &self.blk_file {
             let disk = from_convention(file, self.socket_path.as_deref(), self.fd, self.read_only);

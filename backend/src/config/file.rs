@@ -5,6 +5,7 @@
 //! runtime-dir = "/run/blkmark"
 //! log-format = "json"
 //! allow-path = ["/var/lib/images", "/backup"]
+//! sandbox = "on"
 //!
 //! [[disk]]
 //! id = "drive0"
@@ -25,7 +26,7 @@ use super::disk::{DiskOptions, SocketSpec};
 use super::error::{ConfigError, unknown};
 use super::value;
 
-const KEYS: &[&str] = &["control", "runtime-dir", "log-format", "allow-path", "disk"];
+const KEYS: &[&str] = &["control", "runtime-dir", "log-format", "allow-path", "sandbox", "disk"];
 
 /// How the log is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -51,6 +52,46 @@ impl LogFormat {
     }
 }
 
+/// Which parts of the sandbox are wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SandboxWish {
+    /// Both.
+    #[default]
+    On,
+    /// None.
+    Off,
+    /// Only the limit on system calls.
+    Seccomp,
+    /// Only the limit on files and ports.
+    Landlock,
+}
+
+impl SandboxWish {
+    /// `on`, `off`, `seccomp` or `landlock`.
+    ///
+    /// # Errors
+    /// [`ConfigError::BadValue`] for anything else.
+    pub fn parse(text: &str) -> Result<Self, ConfigError> {
+        match text {
+            "on" => Ok(Self::On),
+            "off" => Ok(Self::Off),
+            "seccomp" => Ok(Self::Seccomp),
+            "landlock" => Ok(Self::Landlock),
+            _ => Err(bad("sandbox", text, "on, off, seccomp or landlock")),
+        }
+    }
+
+    /// Whether system calls are to be limited.
+    pub fn seccomp(self) -> bool {
+        matches!(self, Self::On | Self::Seccomp)
+    }
+
+    /// Whether files and ports are.
+    pub fn landlock(self) -> bool {
+        matches!(self, Self::On | Self::Landlock)
+    }
+}
+
 /// What `blkmark serve` is asked for, by the file, the command line or both.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServeOptions {
@@ -64,6 +105,8 @@ pub struct ServeOptions {
     pub log_format: Option<LogFormat>,
     /// Below which directories clients may name files; empty: anywhere.
     pub allow_paths: Vec<PathBuf>,
+    /// Which parts of the sandbox are wanted; both unless told otherwise.
+    pub sandbox: Option<SandboxWish>,
 }
 
 impl ServeOptions {
@@ -87,6 +130,7 @@ impl ServeOptions {
                         one => vec![path(key, one)?],
                     };
                 }
+                "sandbox" => options.sandbox = Some(SandboxWish::parse(&scalar(key, entry)?)?),
                 "disk" => options.disks = disks(entry)?,
                 _ => return Err(unknown(key, KEYS)),
             }
@@ -108,6 +152,7 @@ impl ServeOptions {
             control: command_line.control.or(self.control),
             runtime_dir: command_line.runtime_dir.or(self.runtime_dir),
             log_format: command_line.log_format.or(self.log_format),
+            sandbox: command_line.sandbox.or(self.sandbox),
             allow_paths,
         }
     }

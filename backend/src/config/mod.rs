@@ -10,13 +10,15 @@ mod convention;
 mod disk;
 mod error;
 mod file;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod pairs;
 mod value;
 
 pub use convention::{BACKEND_DESCRIPTOR, CAPABILITIES, from_convention};
 pub use disk::{Bitmaps, DISK_KEYS, DiskOptions, SocketSpec};
 pub use error::ConfigError;
-pub use file::{LogFormat, ServeOptions};
+pub use file::{LogFormat, SandboxWish, ServeOptions};
 pub use value::{parse_size, parse_switch};
 
 #[cfg(test)]

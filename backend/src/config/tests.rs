@@ -175,6 +175,23 @@ fn a_file_says_what_the_command_line_can_say() {
 }
 
 #[test]
+fn the_sandbox_is_on_unless_a_part_or_all_of_it_is_turned_off() {
+    let wish = |text: &str| ServeOptions::from_toml(text).unwrap().sandbox.unwrap_or_default();
+    let parts = |text| (wish(text).seccomp(), wish(text).landlock());
+    assert_eq!(parts(""), (true, true));
+    assert_eq!(parts("sandbox = true"), (true, true));
+    assert_eq!(parts("sandbox = 'off'"), (false, false));
+    assert_eq!(parts("sandbox = 'seccomp'"), (true, false));
+    assert_eq!(parts("sandbox = 'landlock'"), (false, true));
+    let line = ServeOptions { sandbox: Some(SandboxWish::Off), ..ServeOptions::default() };
+    let file = ServeOptions::from_toml("sandbox = 'seccomp'").unwrap();
+    assert_eq!(file.clone().overlaid_with(ServeOptions::default()).sandbox, Some(SandboxWish::Seccomp));
+    assert_eq!(file.overlaid_with(line).sandbox, Some(SandboxWish::Off));
+    let told = ServeOptions::from_toml("sandbox = 'of'").unwrap_err().to_string();
+    assert!(told.contains("expected on, off, seccomp or landlock"), "{told}");
+}
+
+#[test]
 fn the_command_line_wins_over_the_file_and_adds_disks() {
     let file = ServeOptions::from_toml(FILE).unwrap();
     let line = ServeOptions {

@@ -5,4 +5,6 @@
 
 pub mod chain;
 pub mod config;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 pub mod request;

@@ -38,6 +38,12 @@ impl View {
         Self { spans: Spans::of(&snapshot), memory: snapshot }
     }
 
+    /// The memory itself.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
     /// Whether it is of this very state.
     pub fn is_of(&self, snapshot: &MemorySnapshot) -> bool {
         std::ptr::eq(&raw const *self.memory, &raw const **snapshot)

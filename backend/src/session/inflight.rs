@@ -29,6 +29,8 @@
 //! Invariant: nothing read from the region is used before it was checked, and nothing is read twice; a front end that
 //! changes it at any time harms only its own guest.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod queue;
 #[cfg(test)]
 mod tests;

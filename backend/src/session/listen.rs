@@ -1,7 +1,8 @@
 //! The socket a front end comes to: bound by path, or handed over as a descriptor.
 //!
 //! Invariant: a path is taken over only from a socket nobody answers on; a live socket, or a file
-//! that is no socket, is left alone. The socket file is ours from its first moment: mode 0600.
+//! that is no socket, is left alone. The socket file is ours from its first moment: mode 0600, in a directory in which not
+//! everybody may replace it.
 
 use std::fs;
 use std::io;
@@ -26,6 +27,8 @@ pub enum ListenError {
     InUse(PathBuf),
     #[error("{} exists and is not a socket", .0.display())]
     NotASocket(PathBuf),
+    #[error("the directory of socket {} is writable by everybody and not sticky: anyone could replace the socket", .0.display())]
+    UnsafeDirectory(PathBuf),
     #[error("socket path {} is too long", .0.display())]
     TooLong(PathBuf),
     #[error("cannot listen on socket {}: {source}", path.display())]
@@ -53,6 +56,11 @@ impl Endpoint {
     pub fn bind(path: &Path) -> Result<Self, ListenError> {
         let io = |source: io::Error| ListenError::Io { path: path.to_owned(), source };
         let address = SocketAddrUnix::new(path).map_err(|_| ListenError::TooLong(path.to_owned()))?;
+        let parent = path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
+        // What is not there is told by the bind.
+        if fs::metadata(parent).is_ok_and(|found| found.mode() & 0o1002 == 0o0002) {
+            return Err(ListenError::UnsafeDirectory(path.to_owned()));
+        }
         let socket = rustix::net::socket_with(
             AddressFamily::UNIX,
             SocketType::STREAM,

@@ -17,6 +17,9 @@ mod notices;
 mod ring;
 pub mod serve;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) use inflight::fuzzing;
+
 pub use api::{Device, Hangup, RingParts, RunningRing};
 pub use inflight::InflightQueue;
 pub use listen::{Endpoint, ListenError};

@@ -6,8 +6,8 @@
 
 use super::schema::{EMPTY, Member, Object, Type, object, optional, required};
 use super::{
-    Control, backup, bitmaps, checkpoints, exports, jobs, nodes, objects, points, populate, queries, resize, schema,
-    transaction,
+    Control, backup, bitmaps, checkpoints, exports, jobs, nodes, objects, points, populate, queries, resize, sandbox,
+    schema, transaction,
 };
 use crate::qmp::{Arguments, QmpError};
 use Type::{Bool, Int, Str};
@@ -96,6 +96,7 @@ pub(super) static COMMANDS: &[Command] = &[
         Type::Array(&Type::Object(&NODE_INFO)),
     ),
     query("query-qmp-schema", schema::query, &EMPTY, Type::Array(&Type::Object(&SCHEMA_INFO))),
+    query("query-sandbox", sandbox::query, &EMPTY, Type::Object(&SANDBOX)),
     query("query-version", queries::version, &EMPTY, Type::Object(&VERSION)),
     order("quit", queries::quit, &EMPTY),
     order("transaction", transaction::transaction, &TRANSACTION),
@@ -541,6 +542,14 @@ static VERSION: Object = object(&[&[
         Type::Object(&object(&[&[required("major", Int), required("minor", Int), required("micro", Int)]])),
     ),
     required("package", Str),
+]]);
+
+const CONFINEMENT: Type = Type::Enum(sandbox::Confinement::NAMES);
+
+static SANDBOX: Object = object(&[&[
+    required("seccomp", CONFINEMENT),
+    required("landlock", CONFINEMENT),
+    required("paths", Type::Enum(&["anywhere", "allowed-paths"])),
 ]]);
 
 static BLOCK_INFO: Object = object(&[&[

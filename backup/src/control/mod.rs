@@ -6,7 +6,7 @@
 //! `checkpoints`, `regions` (bits in pages), `backup`, `populate`, `transaction` (through which every change of bitmaps and every
 //! backup goes, alone or with others), `jobs`,
 //! `queries`, `resize`, `points` (points in time as nodes), `exports` (disks and points over NBD) with
-//! `standing` (the bits of bitmaps that go with them), `objects` (credentials).
+//! `standing` (the bits of bitmaps that go with them), `objects` (credentials), `sandbox`.
 //!
 //! Invariant: every change of bitmaps or gates is one commit, made under the lock of the job registry; files are opened
 //! and created before that lock is taken.
@@ -27,6 +27,7 @@ mod populate;
 mod queries;
 mod regions;
 mod resize;
+mod sandbox;
 mod schema;
 mod standing;
 mod transaction;
@@ -46,10 +47,14 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+pub use sandbox::{Confinement, Sandbox};
+
 /// What the operator decides.
 pub struct Settings {
     /// Directories that paths named by clients must lie beneath. Empty: anywhere that the daemon may write.
     pub roots: Vec<PathBuf>,
+    /// What the process has given up, to be told.
+    pub sandbox: Sandbox,
     /// Called by `quit`, once for each such command, on the thread of the client. It must not wait for the shutdown.
     pub on_quit: Box<dyn Fn() + Send + Sync>,
 }

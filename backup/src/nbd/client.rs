@@ -218,6 +218,18 @@ impl Client {
         let stream = address
             .connect(policy, deadline)
             .map_err(|source| ClientError::Connect { address: address.clone(), source })?;
+        Self::over(stream, name, address.url(name), allocation, settings, deadline)
+    }
+
+    /// Takes the export `name` over a connection that was just made; `shown` is what the client is called.
+    pub(super) fn over(
+        stream: Stream,
+        name: &str,
+        shown: String,
+        allocation: bool,
+        settings: ClientSettings,
+        deadline: Instant,
+    ) -> Result<Self, ClientError> {
         let export = negotiate(Timed::new(&stream, deadline), name, allocation)?;
         stream.set_timeouts(None, Some(SEND_TICK))?;
         let shared = Arc::new(Shared {
@@ -225,7 +237,7 @@ impl Client {
             table: Mutex::default(),
             answered: Condvar::new(),
             sending: Mutex::default(),
-            name: address.url(name),
+            name: shown,
             structured: export.structured,
         });
         let reads = Arc::clone(&shared);

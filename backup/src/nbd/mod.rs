@@ -14,6 +14,8 @@ pub mod address;
 pub mod client;
 pub mod export;
 pub mod exports;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod handshake;
 mod link;
 mod negotiate;

@@ -11,6 +11,8 @@ pub mod arguments;
 pub mod client;
 pub mod error;
 pub mod event;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 pub mod lexer;
 mod outbox;
 pub mod parser;

@@ -14,6 +14,8 @@ mod bytes;
 mod check;
 mod deflate;
 mod draft;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod header;
 pub mod image;
 mod mark;

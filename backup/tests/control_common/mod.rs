@@ -213,7 +213,7 @@ impl Lab {
         let events = Events::new();
         let hearer = events.subscribe();
         let nodes = disks.iter().map(|disk| Arc::clone(&disk.node)).collect();
-        let settings = Settings { roots: Vec::new(), on_quit: Box::new(|| ()) };
+        let settings = Settings { roots: Vec::new(), sandbox: Default::default(), on_quit: Box::new(|| ()) };
         Self { control: Control::new(nodes, events, settings), events: hearer, disks, dir }
     }
 

@@ -22,6 +22,18 @@ fn a_socket_is_private_from_the_start_and_goes_with_its_listener() {
 }
 
 #[test]
+fn a_directory_in_which_everybody_could_replace_the_socket_is_refused() {
+    let dir = dir();
+    let path = dir.path().join("s");
+    let allow = |mode| fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
+    allow(0o777);
+    assert!(matches!(Endpoint::bind(&path), Err(ListenError::UnsafeDirectory(_))));
+    assert!(!path.exists());
+    allow(0o1777);
+    Endpoint::bind(&path).unwrap();
+}
+
+#[test]
 fn a_stale_socket_is_taken_over() {
     let dir = dir();
     let path = dir.path().join("s");
