@@ -444,7 +444,8 @@ fn a_backing_file_outside_of_the_allowed_roots_is_not_read() {
         qemu_img(&["create", "-q", "-f", "qcow2", "-b", &lab.path(below), "-F", "raw", &lab.path(name)]);
     }
     let nodes = lab.disks.iter().map(|disk| Arc::clone(&disk.node)).collect();
-    let settings = Settings { roots: vec![lab.path("in").into()], on_quit: Box::new(|| ()) };
+    let settings =
+        Settings { roots: vec![lab.path("in").into()], sandbox: Default::default(), on_quit: Box::new(|| ()) };
     let control = Control::new(nodes, Events::new(), settings);
     let before = lab.disks[0].bitmaps();
     for (image, at_fault) in [("in/leads-out.qcow2", "old.raw"), ("outside.qcow2", "outside.qcow2")] {
