@@ -469,6 +469,7 @@ const OUR_OWN: &[&str] = &[
     "query-block-dirty-bitmap",
     "query-changes",
     "query-checkpoints",
+    "query-sandbox",
 ];
 
 const ONLY_HERE: &[&str] = &[

@@ -56,7 +56,7 @@ pub fn apply(rules: &Rules) -> Sandbox {
         tracing::warn!("other threads run already: landlock does not limit them");
         sandbox.landlock = sandbox.landlock.min(Confinement::Partial);
     }
-    tracing::info!(seccomp = sandbox.seccomp.name(), landlock = sandbox.landlock.name(), "locked down");
+    tracing::debug!(seccomp = sandbox.seccomp.name(), landlock = sandbox.landlock.name(), "locked down");
     sandbox
 }
 

@@ -103,6 +103,7 @@ const FREE: &[libc::c_long] = &[
     libc::SYS_getegid,
     libc::SYS_sched_yield,
     libc::SYS_sched_getaffinity,
+    libc::SYS_sched_setaffinity,
     libc::SYS_sched_getscheduler,
     libc::SYS_getrusage,
     libc::SYS_sysinfo,
