@@ -10,8 +10,13 @@ use anyhow::{Context, Result, ensure};
 use blkmark_tests::tools::answer;
 
 #[test]
+fn nothing_is_lost_in_some_time_of_torture() -> Result<()> {
+    torture(&["--seconds", "20"])
+}
+
+#[test]
 fn nothing_is_lost_without_a_store() -> Result<()> {
-    torture(&["--seconds", "20", "--volatile"])
+    torture(&["--seconds", "10", "--volatile"])
 }
 
 fn torture(options: &[&str]) -> Result<()> {
