@@ -79,6 +79,7 @@ impl LiveMap {
     }
 
     /// Bytes of the words of a map.
+    #[cfg(not(any(loom, shuttle)))]
     pub(crate) fn bytes_for(granularity: Granularity, size: u64) -> u64 {
         words_for(granularity, size) as u64 * 8
     }

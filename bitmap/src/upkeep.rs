@@ -6,7 +6,9 @@
 
 use crate::admission::NotQuiescent;
 use crate::flip::hold;
-use crate::store::heat::{Heat, Served};
+#[cfg(not(any(loom, shuttle)))]
+use crate::store::heat::Heat;
+use crate::store::heat::Served;
 use crate::store::keeper::{Failure, State};
 use crate::store::{Stamp, StoreError};
 use crate::sync::lock;

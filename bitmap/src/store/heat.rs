@@ -60,6 +60,7 @@ pub(crate) enum Served {
     /// All that waited goes.
     Done,
     /// The table cannot be written. What waits goes once the bitmaps are known not to be trusted ([`Heat::give_up`]).
+    #[cfg_attr(any(loom, shuttle), allow(dead_code, reason = "models have no threads that tell it"))]
     Failed(io::Error),
     /// No more.
     Closed,
