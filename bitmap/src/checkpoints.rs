@@ -1,7 +1,7 @@
 //! Checkpoints of one disk: points in time that are named for change tracking alone.
 //!
 //! The chain, oldest first, is a part of a [`Draft`], so that a checkpoint comes into force in the same commit as anything
-//! else. Each one holds what was written between it and the next, as [`Layers`]; the last one holds what is being
+//! else. Each one holds what was written between it and the next, as `Layers`; the last one holds what is being
 //! written now. So the changes between two of them are the union of the segments in between, and a checkpoint that is
 //! deleted leaves its segment to the one before it. Invariant: whatever is deleted, the changes between two that are left
 //! stay the same.
