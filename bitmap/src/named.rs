@@ -501,29 +501,21 @@ impl Draft {
     pub(crate) fn restore(&mut self, name: String, granularity: Granularity, recording: bool, base: Option<Arc<Bits>>) {
         let mut layers = base.map_or_else(|| Layers::empty(granularity, self.size), Layers::of);
         layers.record(recording);
-        let (persistent, inconsistent, unfilled) = (true, false, false);
-        self.bitmaps.push(Bitmap {
-            name,
-            recording,
-            for_job: false,
-            unfilled,
-            persistent,
-            inconsistent,
-            layers,
-            frozen: None,
-        });
+        self.put_back(name, recording, false, layers);
     }
 
     /// Puts a bitmap of the store back that is not to be trusted.
     pub(crate) fn restore_inconsistent(&mut self, name: String, granularity: Granularity) {
-        let layers = Layers::empty(granularity, self.size);
-        let (recording, persistent, inconsistent, unfilled) = (false, true, true, false);
+        self.put_back(name, false, true, Layers::empty(granularity, self.size));
+    }
+
+    fn put_back(&mut self, name: String, recording: bool, inconsistent: bool, layers: Layers) {
         self.bitmaps.push(Bitmap {
             name,
             recording,
             for_job: false,
-            unfilled,
-            persistent,
+            unfilled: false,
+            persistent: true,
             inconsistent,
             layers,
             frozen: None,

@@ -250,6 +250,17 @@ impl Client {
         &self.export
     }
 
+    /// Refuses what no server would have to answer: bytes outside of the export, or less than its blocks.
+    pub(super) fn check(&self, offset: u64, len: u64) -> io::Result<()> {
+        let export = self.export();
+        let end = offset.checked_add(len).filter(|end| *end <= export.size);
+        if end.is_none() || !(offset | len).is_multiple_of(u64::from(export.min_block)) {
+            let text = format!("{len} bytes at {offset:#x} are not within the export, or not whole blocks");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        Ok(())
+    }
+
     /// QEMU's way to write where this leads.
     pub fn name(&self) -> &str {
         &self.shared.name

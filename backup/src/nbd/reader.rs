@@ -48,16 +48,6 @@ impl NbdReader {
         self.client.name()
     }
 
-    fn check(&self, offset: u64, len: u64) -> io::Result<()> {
-        let export = self.client.export();
-        let end = offset.checked_add(len).filter(|end| *end <= export.size);
-        if end.is_none() || !(offset | len).is_multiple_of(u64::from(export.min_block)) {
-            let text = format!("{len} bytes at {offset:#x} are not within the export, or not whole blocks");
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
-        }
-        Ok(())
-    }
-
     /// What was said last of `offset`, if anything.
     fn recall(&self, offset: u64) -> Option<Stretch> {
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -77,7 +67,7 @@ impl Source for NbdReader {
     }
 
     fn read_at(&self, buf: &mut [u8], mut offset: u64) -> io::Result<()> {
-        self.check(offset, buf.len() as u64)?;
+        self.client.check(offset, buf.len() as u64)?;
         for piece in buf.chunks_mut(self.client.export().max_payload as usize) {
             let bytes = self.client.read(offset, vec![0; piece.len()])?;
             piece.copy_from_slice(&bytes);
@@ -93,7 +83,7 @@ impl Source for NbdReader {
         }
         let block = u64::from(self.client.export().min_block);
         let len = STRETCH.min(self.size().saturating_sub(offset)) / block * block;
-        self.check(offset, len)?;
+        self.client.check(offset, len)?;
         let Some(extents) = self.client.allocation(offset, len as u32)? else { return Ok((BlockStatus::Data, limit)) };
         let mut said: Vec<Stretch> = Vec::new();
         let mut start = offset;

@@ -50,16 +50,6 @@ impl NbdTarget {
         Ok(Self { client, fua, zeroes, flush_failed: AtomicBool::new(false) })
     }
 
-    fn check(&self, offset: u64, len: u64) -> io::Result<()> {
-        let export = self.client.export();
-        let end = offset.checked_add(len).filter(|end| *end <= export.size);
-        if end.is_none() || !(offset | len).is_multiple_of(u64::from(export.min_block)) {
-            let text = format!("{len} bytes at {offset:#x} are not within the export, or not whole blocks");
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
-        }
-        Ok(())
-    }
-
     fn request(&self, kind: u16, offset: u64, len: u64, payload: &[u8]) -> io::Result<()> {
         let flags = if self.fua && kind != command::FLUSH { command_flag::FUA } else { 0 };
         // No piece is longer than fits.
@@ -106,12 +96,12 @@ impl Target for NbdTarget {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.check(offset, buf.len() as u64)?;
+        self.client.check(offset, buf.len() as u64)?;
         self.write_pieces(buf, offset)
     }
 
     fn write_zeroes_at(&self, mut offset: u64, len: u64) -> io::Result<()> {
-        self.check(offset, len)?;
+        self.client.check(offset, len)?;
         let end = offset + len;
         while offset < end {
             let piece = (end - offset).min(ZEROES_MAX);
