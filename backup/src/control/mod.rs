@@ -29,6 +29,7 @@ mod regions;
 mod resize;
 mod sandbox;
 mod schema;
+mod shapes;
 mod standing;
 mod transaction;
 
