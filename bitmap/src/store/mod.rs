@@ -10,6 +10,8 @@
 
 pub(crate) mod codec;
 pub mod directory;
+#[cfg(all(any(test, fuzzing), not(any(loom, shuttle))))]
+pub(crate) mod fuzzing;
 pub(crate) mod heat;
 pub(crate) mod keeper;
 #[cfg(not(any(loom, shuttle)))]
