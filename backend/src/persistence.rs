@@ -54,7 +54,7 @@ pub(crate) fn place(disk: &DiskOptions, file: &DiskFile, runtime: Option<&Path>)
             Box::new(NoMaps)
         }
     };
-    Ok(Some(Place { medium, maps, disk: file.stamp(boot())? }))
+    Ok(Some(Place { medium, maps, disk: file.stamp(boot())?, flush: file.flusher()? }))
 }
 
 /// The directory that the store of `disk` is made in. That of devices is made if it is missing.

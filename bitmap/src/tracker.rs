@@ -71,8 +71,8 @@ impl Tracker {
 
     /// The same, for the disk that `place` tells of, with the bitmaps that its store has.
     pub fn open(place: Place, lanes: usize, slots: usize) -> Arc<Self> {
-        let opened = Keeper::open(place.medium, place.maps, place.disk);
-        let tracker = Self::with(place.disk.size, lanes, slots, Some(opened));
+        let size = place.disk.size;
+        let tracker = Self::with(size, lanes, slots, Some(Keeper::open(place)));
         #[cfg(not(any(loom, shuttle)))]
         tracker.employ();
         tracker
@@ -80,8 +80,8 @@ impl Tracker {
 
     /// The same, with nobody at work for it but who calls [`Tracker::serve_store`] and [`Tracker::cool`]: for crash tests.
     pub fn open_idle(place: Place, lanes: usize, slots: usize) -> Arc<Self> {
-        let opened = Keeper::open(place.medium, place.maps, place.disk);
-        Self::with(place.disk.size, lanes, slots, Some(opened))
+        let size = place.disk.size;
+        Self::with(size, lanes, slots, Some(Keeper::open(place)))
     }
 
     fn with(size: u64, lanes: usize, slots: usize, opened: Option<Opened>) -> Arc<Self> {
