@@ -293,7 +293,7 @@ fn stamp(size: u64) -> Stamp {
 
 fn open(medium: &Arc<SimMedium>, maps: &SimMaps, size: u64) -> Arc<Tracker> {
     let (medium, maps) = (Arc::clone(medium) as _, Box::new(maps.clone()));
-    Tracker::open_idle(Place { medium, maps, disk: stamp(size) }, 1, SLOTS)
+    Tracker::open_idle(Place { medium, maps, disk: stamp(size), resume: Vec::new() }, 1, SLOTS)
 }
 
 /// What a crash leaves, and with which numbers to look into it.

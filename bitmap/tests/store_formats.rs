@@ -26,7 +26,11 @@ fn stamp() -> Stamp {
 }
 
 fn open(medium: &Arc<SimMedium>, disk: Stamp) -> Arc<Tracker> {
-    Tracker::open_idle(Place { medium: Arc::clone(medium) as _, maps: Box::new(SimMaps::default()), disk }, 1, 4)
+    Tracker::open_idle(
+        Place { medium: Arc::clone(medium) as _, maps: Box::new(SimMaps::default()), disk, resume: Vec::new() },
+        1,
+        4,
+    )
 }
 
 fn write(tracker: &Arc<Tracker>, offset: u64) {

@@ -41,7 +41,11 @@ fn open(medium: &Arc<SimMedium>, maps: &SimMaps) -> Arc<Tracker> {
         boot: Uuid::nil(),
         name: 0,
     };
-    Tracker::open_idle(Place { medium: Arc::clone(medium) as _, maps: Box::new(maps.clone()), disk }, 1, 2)
+    Tracker::open_idle(
+        Place { medium: Arc::clone(medium) as _, maps: Box::new(maps.clone()), disk, resume: Vec::new() },
+        1,
+        2,
+    )
 }
 
 /// What the frozen set holds, and what was written since.
