@@ -62,7 +62,7 @@ pub(crate) fn place(
             Box::new(NoMaps)
         }
     };
-    Ok(Some(Place { medium, maps, disk: file.stamp(boot())?, resume }))
+    Ok(Some(Place { medium, maps, disk: file.stamp(boot())?, flush: file.flusher()?, resume }))
 }
 
 /// Where the points in time of `disk` outlive the process; only where there may be a store, which tells whether somebody else

@@ -9,22 +9,13 @@ pub use crate::qmp::fuzzing::qmp;
 pub use crate::target::fuzzing::qcow2;
 
 #[cfg(test)]
-mod tests {
-    use super::*;
+#[path = "../../fuzz/replay.rs"]
+mod replay;
 
-    /// Replays every file of a target's corpus. What a fuzzer found once stays found.
-    fn replay(target: &str, run: fn(&[u8])) {
-        let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/../fuzz/corpus");
-        let mut replayed = 0;
-        for entry in std::fs::read_dir(format!("{corpus}/{target}")).unwrap() {
-            let path = entry.unwrap().path();
-            println!("{}", path.display());
-            run(&std::fs::read(&path).unwrap());
-            replayed += 1;
-        }
-        assert!(replayed > 0, "no corpus for {target}");
-        run(&[]);
-    }
+#[cfg(test)]
+mod tests {
+    use super::replay::replay;
+    use super::*;
 
     #[test]
     fn the_corpus_of_qmp_holds() {

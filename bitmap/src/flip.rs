@@ -322,6 +322,10 @@ impl Part<'_> {
         if control.bitmaps.kept_granularity().is_none() {
             return Ok(());
         }
+        if self.before.kept_granularity().is_none() {
+            // Nothing was hot so far, and a power cut must not take back what was written by then.
+            keeper.flush_disk()?;
+        }
         keeper.warm(self.in_flight.iter().copied()).inspect_err(|error| self.torn = Some(error.clone()))
     }
 

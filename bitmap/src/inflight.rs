@@ -78,6 +78,13 @@ impl Slots {
         }
     }
 
+    fn in_flight(&self, seen: &mut impl FnMut(ByteRange)) {
+        let busy = self.slots.iter().filter(|slot| slot.state.load(Ordering::Acquire) & BUSY != 0);
+        busy.for_each(|slot| {
+            seen(ByteRange::new(slot.start.load(Ordering::Relaxed), slot.len.load(Ordering::Relaxed)));
+        });
+    }
+
     fn still(&self, slot: usize, state: u64) -> bool {
         self.slots[slot].state.load(Ordering::Acquire) == state
     }
@@ -136,6 +143,11 @@ impl Lanes {
                 watched.push(Watched { lane, slot, state, range });
             });
         }
+    }
+
+    /// Only while nobody is inside: the writes in flight.
+    pub(crate) fn in_flight(&self, mut seen: impl FnMut(ByteRange)) {
+        self.slots.iter().for_each(|slots| slots.in_flight(&mut seen));
     }
 
     /// What `cut` found, to be waited for.

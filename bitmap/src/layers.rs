@@ -149,6 +149,13 @@ impl Layers {
     pub(crate) fn compact(&mut self) {
         let resized = |(generation, _): &Closed| generation.size() != self.size;
         if self.closed.len() >= FOLD_AT || self.closed.iter().any(resized) {
+            self.fold();
+        }
+    }
+
+    /// Folds whatever closed generations there are.
+    pub(crate) fn fold(&mut self) {
+        if !self.closed.is_empty() {
             let current = std::mem::take(&mut self.current);
             let base = self.bits(None);
             *self = Self {

@@ -19,6 +19,8 @@ pub mod bits;
 pub mod checkpoints;
 pub mod fill;
 pub mod flip;
+#[cfg(all(any(test, fuzzing), not(any(loom, shuttle))))]
+pub mod fuzzing;
 pub mod gate;
 pub mod inflight;
 mod layers;

@@ -553,6 +553,12 @@ impl Draft {
         (self.cut, self.changed) = (false, false);
     }
 
+    /// Makes each bitmap one layer, so that it takes the least room in a store.
+    pub(crate) fn fold(&mut self) {
+        self.bitmaps.iter_mut().for_each(|bitmap| bitmap.layers.fold());
+        self.checkpoints.0.iter_mut().for_each(|checkpoint| checkpoint.layers.fold());
+    }
+
     pub(crate) fn info(&self, live: Option<&Arc<LiveMap>>) -> Vec<BitmapInfo> {
         let count = |bitmap: &Bitmap| if bitmap.inconsistent { 0 } else { bitmap.shown(live).dirty_bytes() };
         self.bitmaps.iter().map(|bitmap| bitmap.info(count(bitmap))).collect()

@@ -6,10 +6,12 @@
 
 use crate::admission::NotQuiescent;
 use crate::flip::hold;
+use crate::inflight::Slots;
+use crate::named::Draft;
 #[cfg(not(any(loom, shuttle)))]
 use crate::store::heat::Heat;
 use crate::store::heat::Served;
-use crate::store::keeper::{Failure, State};
+use crate::store::keeper::{Failure, Keeper, State};
 use crate::store::{Stamp, StoreError};
 use crate::sync::lock;
 use crate::tracker::{Control, Tracker, View};
@@ -80,19 +82,27 @@ impl Tracker {
         }
     }
 
-    /// Makes cold what nobody wrote to since the last call, its bits durable first; then forgets what is hot, so that the next
+    /// Makes cold what nobody wrote to since the last call, its bytes and its bits durable first; then forgets what is hot, so that the next
     /// call knows what was written to meanwhile.
     ///
     /// Under the control lock: no generation begins while this is under way, and all generations but the live one are in
     /// objects that the record names. So the live one is all there is to make durable.
     pub fn cool(&self) {
+        // What is idle now was written to before the last call, and stays hot if anybody writes to it from now on. So the flush,
+        // which may take long, needs no lock.
+        let idle = self.heat.as_ref().is_some_and(|heat| !heat.idle().is_empty());
+        let flush = lock(&self.control).keeper.as_ref().filter(|_| idle).map(Keeper::flush);
+        if let Some(Err(error)) = flush.map(|flush| flush()) {
+            tracing::warn!(%error, "the disk could not be flushed: extents stay hot");
+            return;
+        }
         let mut control = lock(&self.control);
         let Control { keeper, bitmaps, live, generation, .. } = &mut *control;
         let (Some(keeper), Some(map)) = (keeper.as_mut(), live.as_ref()) else { return };
         if keeper.has_failed() || bitmaps.kept_granularity().is_none() {
             return;
         }
-        let idle = keeper.heat.idle();
+        let idle = if idle { keeper.heat.idle() } else { Vec::new() };
         if !idle.is_empty() {
             if let Err(error) = keeper.sync_live(*generation, map) {
                 tracing::warn!(%error, "extents stay hot");
@@ -121,9 +131,11 @@ impl Tracker {
                 return;
             }
         }
+        let mut in_flight = Vec::with_capacity(self.lanes.slots.iter().map(Slots::count).sum());
         match hold(&[&self.admission]) {
             Ok((held, _)) => {
-                keeper.heat.forget();
+                self.lanes.in_flight(|range| in_flight.push(range));
+                keeper.heat.forget(&mut in_flight);
                 drop(held);
             }
             Err(NotQuiescent) => tracing::debug!("nothing cools this time"),
@@ -153,11 +165,20 @@ impl Tracker {
         bitmaps.settle(true, live.take().as_ref());
         *generation += 1;
         let clean = Some(disk);
-        let state = State { draft: bitmaps, generation: *generation, live: None, prepared: None, decides: None, clean };
-        keeper.record(&state).map_err(|failure| {
-            let (Failure::Before(error) | Failure::Torn(error)) = failure;
-            error
-        })
+        let mut record = |bitmaps: &Draft| {
+            let state =
+                State { draft: bitmaps, generation: *generation, live: None, prepared: None, decides: None, clean };
+            keeper.record(&state).map_err(|failure| (failure, keeper.take_reserve()))
+        };
+        let recorded = match record(bitmaps) {
+            Err((Failure::Before(_), true)) => {
+                bitmaps.fold();
+                record(bitmaps)
+            }
+            recorded => recorded,
+        };
+        let recorded = recorded.map_err(|(failure, _)| failure);
+        recorded.map_err(|(Failure::Before(error) | Failure::Torn(error))| error)
     }
 }
 

@@ -1,10 +1,12 @@
 //! Promise: whenever the process is killed or the machine loses power, the store opens, each consistent bitmap that records has
 //! every block that changed since its point in time, and one that does not record is exactly what it was.
 //!
-//! A simulated disk, a directory that drops, tears and reorders what was not synced (`crash/medium.rs`), and the real store:
-//! random writes, freezes, ends of freezes, disables, enables, clears, checkpoints, resizes and coolings, with writes going on in
-//! the middle of each. At every call that changes the directory, and then some, the world is stopped in two ways, opened again and
-//! compared with a plain model; a crash may hit the recovery from a crash too.
+//! A simulated disk whose cache a power cut takes back or tears as it likes, a directory that drops, tears and reorders what was
+//! not synced (`crash/medium.rs`), and the real store: random writes, flushes, freezes, ends of freezes, disables, enables, clears,
+//! checkpoints, resizes and coolings, with writes going on in the middle of each. At every call that changes the directory, and
+//! then some, the world is stopped in two ways, opened again and compared with a plain model; a crash may hit the recovery from
+//! a crash too. What a power cut takes back of the disk counts as changed then: all that was not flushed, so it holds for
+//! whatever part of that is really lost.
 //!
 //! `BLKMARK_CRASH_POINTS=100000 BLKMARK_CRASH_SEED=1 cargo test --release -p blkmark-bitmap --test store_crash -- --nocapture`
 #![cfg(not(any(loom, shuttle)))]
@@ -18,7 +20,7 @@ use blkmark_bitmap::named::Draft;
 use blkmark_bitmap::store::{Place, Stamp};
 use blkmark_bitmap::tracker::Admitted;
 use blkmark_bitmap::{Bits, ByteRange, CheckpointMark, Granularity, Lane, Tracker, Verdict};
-use medium::{Faults, Files, Random, SimMaps, SimMedium};
+use medium::{Faults, Files, Random, SimDisk, SimMaps, SimMedium};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -180,6 +182,12 @@ fn dirty_blocks(bits: &Bits) -> BTreeSet<u64> {
     bits.runs().flat_map(|run| run.start() / UNIT..run.end().div_ceil(UNIT)).collect()
 }
 
+/// Where a bitmap records when the machine goes down, what a power cut takes back changes then.
+fn with(blocks: &BTreeSet<u64>, also: &BTreeSet<u64>, recording: bool, size: u64) -> BTreeSet<u64> {
+    let also = also.iter().filter(|block| recording && **block < size / UNIT);
+    blocks.iter().chain(also).copied().collect()
+}
+
 /// Whether `found` is at least what is expected, and no more where nothing is recorded.
 fn agrees(found: &Bits, expected: &BTreeSet<u64>, granularity: Granularity, exact: bool) -> Result<(), String> {
     if let Some(lost) = expected.iter().find(|block| !found.any(ByteRange::new(*block * UNIT, UNIT))) {
@@ -195,8 +203,8 @@ fn agrees(found: &Bits, expected: &BTreeSet<u64>, granularity: Granularity, exac
     Ok(())
 }
 
-/// Compares an opened store with one outcome.
-fn compare(tracker: &Tracker, model: &Model, lossy: bool) -> Result<(), String> {
+/// Compares an opened store with one outcome. `taken_back`: blocks that a power cut may have taken back.
+fn compare(tracker: &Tracker, model: &Model, lossy: bool, taken_back: &BTreeSet<u64>) -> Result<(), String> {
     let list = tracker.list();
     if !lossy && list.iter().any(|info| info.inconsistent) {
         return Err(format!("inconsistent: {list:?}"));
@@ -212,7 +220,8 @@ fn compare(tracker: &Tracker, model: &Model, lossy: bool) -> Result<(), String> 
             return Err(format!("{info:?} where {expected:?} is expected"));
         }
         let found = tracker.bits(&info.name).map_err(|error| error.to_string())?;
-        agrees(&found, &expected.all(), expected.granularity, !expected.recording)
+        let blocks = with(&expected.all(), taken_back, expected.recording, model.size);
+        agrees(&found, &blocks, expected.granularity, !expected.recording)
             .map_err(|reason| format!("bitmap {}: {reason}", info.name))?;
     }
     if !lossy && list.len() != model.bitmaps.len() {
@@ -229,14 +238,15 @@ fn compare(tracker: &Tracker, model: &Model, lossy: bool) -> Result<(), String> 
     for (at, (name, segment)) in model.checkpoints.iter().enumerate() {
         let next = model.checkpoints.get(at + 1).map(|(next, _)| next.as_str());
         let found = tracker.changes(name, next).map_err(|error| error.to_string())?;
-        agrees(&found, segment, Granularity::DEFAULT, next.is_some())
+        let segment = with(segment, taken_back, next.is_none(), model.size);
+        agrees(&found, &segment, Granularity::DEFAULT, next.is_some())
             .map_err(|reason| format!("checkpoint {name}: {reason}"))?;
     }
     Ok(())
 }
 
-/// What a daemon begins with: files, maps, what may be found in them, and whether a store has failed before.
-type Life = (Files, SimMaps, Vec<Model>, bool);
+/// What a daemon begins with: files, maps, what may be found in them, whether a store has failed before, and the disk's cache.
+type Life = (Files, SimMaps, Vec<Model>, bool, Arc<SimDisk>);
 
 type Held = (ByteRange, usize, Arc<AtomicBool>);
 
@@ -244,6 +254,7 @@ type Held = (ByteRange, usize, Arc<AtomicBool>);
 struct World {
     medium: Arc<SimMedium>,
     maps: SimMaps,
+    disk: Arc<SimDisk>,
     tracker: Arc<Tracker>,
     lane: RefCell<Lane>,
     random: RefCell<Random>,
@@ -279,6 +290,8 @@ thread_local! {
 struct Recovering {
     medium: RefCell<Option<Arc<SimMedium>>>,
     maps: SimMaps,
+    disk: Arc<SimDisk>,
+    taken_back: BTreeSet<u64>,
     outcomes: Vec<Model>,
     lossy: bool,
     size: u64,
@@ -291,15 +304,22 @@ fn stamp(size: u64) -> Stamp {
     Stamp { block_device: false, device: 1, inode: 2, size, changed: 3, touched: 4, boot: Uuid::nil(), name: 0 }
 }
 
-fn open(medium: &Arc<SimMedium>, maps: &SimMaps, size: u64) -> Arc<Tracker> {
-    let (medium, maps) = (Arc::clone(medium) as _, Box::new(maps.clone()));
-    Tracker::open_idle(Place { medium, maps, disk: stamp(size), resume: Vec::new() }, 1, SLOTS)
+fn open(medium: &Arc<SimMedium>, maps: &SimMaps, size: u64, disk: &Arc<SimDisk>) -> Arc<Tracker> {
+    let (medium, maps, disk) = (Arc::clone(medium) as _, Box::new(maps.clone()), Arc::clone(disk));
+    Tracker::open_idle(
+        Place { medium, maps, disk: stamp(size), flush: Arc::new(move || disk.flush()), resume: Vec::new() },
+        1,
+        SLOTS,
+    )
 }
 
 /// What a crash leaves, and with which numbers to look into it.
 struct Left {
     files: Files,
     maps: SimMaps,
+    disk: Arc<SimDisk>,
+    /// Of the disk's blocks, those that a power cut may have taken back.
+    taken_back: BTreeSet<u64>,
     lossy: bool,
     size: u64,
     seed: u64,
@@ -307,11 +327,13 @@ struct Left {
 
 /// Opens what is left, and compares; crashes within that are looked into too.
 fn examine(left: Left, outcomes: &[Model], deep: bool, context: &str) -> u64 {
-    let Left { files, maps, lossy, size, seed } = left;
+    let Left { files, maps, disk, taken_back, lossy, size, seed } = left;
     let medium = SimMedium::new(files, seed, Faults::None, deep.then_some(recovery_point as fn(&str)));
     let recovering = Rc::new(Recovering {
         medium: RefCell::new(Some(Arc::clone(&medium))),
         maps: maps.clone(),
+        disk: Arc::clone(&disk),
+        taken_back: taken_back.clone(),
         outcomes: outcomes.to_vec(),
         lossy,
         size,
@@ -322,9 +344,9 @@ fn examine(left: Left, outcomes: &[Model], deep: bool, context: &str) -> u64 {
     if deep {
         RECOVERING.set(Some(Rc::clone(&recovering)));
     }
-    let tracker = open(&medium, &maps, size);
+    let tracker = open(&medium, &maps, size, &disk);
     RECOVERING.set(None);
-    let results: Vec<_> = outcomes.iter().map(|model| compare(&tracker, model, lossy)).collect();
+    let results: Vec<_> = outcomes.iter().map(|model| compare(&tracker, model, lossy, &taken_back)).collect();
     assert!(results.iter().any(Result::is_ok), "{context}: {results:?}");
     recovering.points.get() + 1
 }
@@ -340,8 +362,13 @@ fn recovery_point(_: &str) {
         (seed, kill, if kill { state.clone() } else { state.power_cut(&mut random) })
     };
     let maps = if kill { recovering.maps.killed() } else { SimMaps::default() };
+    let (disk, mut taken_back) = (recovering.disk.killed(), recovering.taken_back.clone());
+    let disk = if kill { disk } else { Arc::default() };
+    if !kill {
+        taken_back.extend(recovering.disk.unflushed());
+    }
     let context = format!("{}, then {} in the recovery", recovering.context, if kill { "killed" } else { "power cut" });
-    let left = Left { files, maps, lossy: recovering.lossy, size: recovering.size, seed };
+    let left = Left { files, maps, disk, taken_back, lossy: recovering.lossy, size: recovering.size, seed };
     let n = examine(left, &recovering.outcomes, false, &context);
     recovering.points.set(recovering.points.get() + n);
     RECOVERING.set(Some(recovering));
@@ -365,8 +392,7 @@ fn at_point(file: &str) {
 
 impl World {
     fn begin(
-        files: Files,
-        maps: SimMaps,
+        (files, maps, disk): (Files, SimMaps, Arc<SimDisk>),
         model: Model,
         seed: u64,
         faults: Faults,
@@ -376,11 +402,12 @@ impl World {
         WORLD.set(None);
         let size = model.size;
         let medium = SimMedium::new(files, seed, faults, Some(at_point));
-        let tracker = open(&medium, &maps, size);
+        let tracker = open(&medium, &maps, size, &disk);
         let lane = RefCell::new(tracker.lane(0).unwrap());
         let world = Rc::new(Self {
             medium,
             maps,
+            disk,
             tracker,
             lane,
             random: RefCell::new(Random(seed)),
@@ -440,14 +467,17 @@ impl World {
                 (random.next(), files, random.one_in(8), random.one_in(150))
             };
             let maps = if kill { self.maps.killed() } else { SimMaps::default() };
+            let disk = if kill { self.disk.killed() } else { Arc::default() };
+            let taken_back = if kill { BTreeSet::new() } else { self.disk.unflushed() };
             if stay && self.crash.borrow().is_none() && !self.resizing.get() {
-                *self.crash.borrow_mut() = Some((files.clone(), maps.clone(), outcomes.clone(), self.failed.get()));
+                *self.crash.borrow_mut() =
+                    Some((files.clone(), maps.clone(), outcomes.clone(), self.failed.get(), disk.killed()));
             }
             let log = self.log.borrow();
             let last = &log[log.len().saturating_sub(30)..];
             let context = format!("{}, {last:?}, {}", self.context, if kill { "killed" } else { "power cut" });
             drop(log);
-            let left = Left { files, maps, lossy: self.is_lossy(), size: self.file_size.get(), seed };
+            let left = Left { files, maps, disk, taken_back, lossy: self.is_lossy(), size: self.file_size.get(), seed };
             let n = examine(left, &outcomes, deep, &context);
             self.points.set(self.points.get() + n);
         }
@@ -483,6 +513,7 @@ impl World {
                 // From here on its bytes may be on the disk.
                 self.log.borrow_mut().push(format!("write {}", range.start() / UNIT));
                 self.outcomes.borrow_mut().iter_mut().for_each(|model| model.write(range));
+                self.disk.submit(slot, blocks(range));
                 self.in_flight.borrow_mut().push((slot, range));
             }
             Admitted::Beyond => {}
@@ -522,6 +553,7 @@ impl World {
         if !in_flight.is_empty() {
             let at = self.random.borrow_mut().below(in_flight.len() as u64) as usize;
             let (slot, _) = in_flight.swap_remove(at);
+            self.disk.complete(slot);
             self.lane.borrow_mut().finish(slot);
         }
     }
@@ -618,8 +650,9 @@ impl World {
         let mut outcomes = self.outcomes.borrow_mut();
         let last = outcomes.len() - 1;
         let there = outcomes.swap_remove(if done { last } else { 0 });
-        if self.tracker.list().iter().any(|info| info.inconsistent) {
-            self.failed.set(true);
+        if self.tracker.list().iter().any(|info| info.inconsistent) && !self.failed.replace(true) {
+            let hurt = self.medium.hurt.load(Ordering::SeqCst);
+            assert!(hurt, "{}: a refused command cost the bitmaps: {:?}", self.context, self.log.borrow());
         }
         self.file_size.set(there.size);
         *outcomes = vec![there];
@@ -633,7 +666,16 @@ impl World {
                 self.log.borrow_mut().push("cool".to_owned());
                 self.tracker.cool()
             }
-            2..=5 => {}
+            2 => drop(self.disk.flush()),
+            3 => {
+                // A write that takes longer than its extent is in use.
+                self.log.borrow_mut().push("cool twice".to_owned());
+                self.tracker.cool();
+                self.tracker.cool();
+                self.finish_all();
+                self.choose().iter().for_each(|op| self.command(op));
+            }
+            4 | 5 => {}
             _ => self.choose().iter().for_each(|op| self.command(op)),
         }
     }
@@ -647,8 +689,8 @@ fn run(seed: u64, points: u64, faults: Faults) -> u64 {
         let world_seed = random.next();
         let model = Model { size: SIZES[0], ..Model::default() };
         let context = |n: u32| format!("seed {seed}, {faults:?}, world {world_seed}, life {n}");
-        let mut world =
-            World::begin(Files::default(), SimMaps::default(), model, world_seed, faults, false, context(0));
+        let nothing = (Files::default(), SimMaps::default(), SimDisk::new(world_seed, faults));
+        let mut world = World::begin(nothing, model, world_seed, faults, false, context(0));
         for life in 1..12 {
             for _ in 0..40 {
                 world.step_with_writes();
@@ -659,12 +701,12 @@ fn run(seed: u64, points: u64, faults: Faults) -> u64 {
             compare_live(&world);
             seen += world.points.take();
             let crash = world.crash.borrow_mut().take();
-            let (files, maps, outcomes, lossy) = match crash {
+            let (files, maps, outcomes, lossy, disk) = match crash {
                 Some(crash) => crash,
                 None => world.end(),
             };
             let model = outcomes[0].clone();
-            world = World::begin(files, maps, model, random.next(), faults, lossy, context(life));
+            world = World::begin((files, maps, disk), model, random.next(), faults, lossy, context(life));
         }
         WORLD.set(None);
     }
@@ -707,13 +749,14 @@ impl World {
         self.finish_all();
         let mut model = self.outcomes.borrow()[0].clone();
         self.closing.set(true);
-        let closed = self.tracker.close(stamp(self.file_size.get()));
+        let flushed = self.disk.flush().is_ok();
+        let closed = if flushed { self.tracker.close(stamp(self.file_size.get())) } else { Ok(()) };
         assert!(closed.is_ok() || self.faults != Faults::None, "{}: {closed:?}", self.context);
         let files = self.medium.state.lock().unwrap().clone();
-        if closed.is_ok() && !self.failed.get() {
+        if flushed && closed.is_ok() && !self.failed.get() {
             WORLD.set(None);
             let medium = SimMedium::new(files.clone(), 1, Faults::None, None);
-            let tracker = open(&medium, &SimMaps::default(), self.file_size.get());
+            let tracker = open(&medium, &SimMaps::default(), self.file_size.get(), &self.disk);
             for (name, expected) in &model.bitmaps {
                 let found = tracker.bits(name).unwrap_or_else(|error| panic!("{}: {error}", self.context));
                 agrees(&found, &expected.all(), expected.granularity, true)
@@ -724,7 +767,7 @@ impl World {
             bitmap.blocks = bitmap.all();
             bitmap.frozen = None;
         }
-        (files, self.maps.killed(), vec![model], self.failed.get() || closed.is_err())
+        (files, self.maps.killed(), vec![model], self.failed.get() || closed.is_err(), self.disk.killed())
     }
 }
 

@@ -27,7 +27,13 @@ fn stamp() -> Stamp {
 
 fn open(medium: &Arc<SimMedium>, disk: Stamp) -> Arc<Tracker> {
     Tracker::open_idle(
-        Place { medium: Arc::clone(medium) as _, maps: Box::new(SimMaps::default()), disk, resume: Vec::new() },
+        Place {
+            medium: Arc::clone(medium) as _,
+            maps: Box::new(SimMaps::default()),
+            disk,
+            flush: Arc::new(|| Ok(())),
+            resume: Vec::new(),
+        },
         1,
         4,
     )
@@ -175,6 +181,29 @@ fn files_in_each_others_place_make_nothing_lie() {
             *older.bytes_of(slot).unwrap() = early.clone().bytes_of(slot).unwrap().clone();
         }
         assert_eq!(look(older, stamp(), "both slots older"), 0, "an older record was believed");
+    }
+}
+
+/// What a full disk leaves to the start is the room that was kept, after a kill too.
+#[test]
+fn a_start_without_room_costs_nothing() {
+    for clean in [false, true] {
+        let (mut files, _) = store(clean);
+        for round in 0..3 {
+            let medium = SimMedium::new(files, round, Faults::NoRoom, None);
+            let tracker = open(&medium, stamp());
+            assert!(
+                tracker.list().iter().all(|info| !info.inconsistent),
+                "clean={clean}, round {round}: {:?}",
+                tracker.list()
+            );
+            write(&tracker, LAST);
+            if clean {
+                tracker.close(stamp()).unwrap();
+            }
+            files = medium.state.lock().unwrap().clone();
+            assert_eq!(look(files.clone(), stamp(), "after a start without room"), 2);
+        }
     }
 }
 

@@ -9,13 +9,132 @@ use std::path::{Path, PathBuf};
 
 use blkmark_backup::qmp::Client;
 use blkmark_backup::target::{self, Backing, CreateOptions, Format, Policy};
+use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use super::args::{BackupArgs, BackupKind, ImageFormat};
 use super::failure::Failure;
 use super::output::Output;
 use super::query;
+use super::size;
 use super::wait::Wait;
+
+/// Which blocks a backup holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum BackupKind {
+    /// Everything. With --bitmap, that bitmap then records what changes from this very instant
+    Full,
+    /// What changed since the last backup with --bitmap, which then starts anew
+    Incremental,
+    /// What changed since --bitmap started, which goes on
+    Differential,
+    /// What is allocated in the disk's topmost image
+    Top,
+}
+
+/// `blkmark backup`.
+#[derive(Debug, Args)]
+#[command(after_help = "Several disks, each with its own target, are backed up as of one instant:\n  \
+    blkmark backup full --disk a --target a.qcow2 --disk b --target b.qcow2 --bitmap daily\n\
+    If one of them fails, all do; only with a full backup that starts bitmaps each disk stands alone.\n\
+    Interrupting the wait leaves the jobs running; `blkmark job` steers them.\n\n\
+    Exit status: 0 success; 1 refused, or a job failed; 2 wrong usage; 3 the daemon cannot be reached.")]
+pub struct BackupArgs {
+    /// What to copy
+    #[arg(value_enum)]
+    pub kind: BackupKind,
+    /// The disk (repeatable)
+    #[arg(long = "disk", required = true, value_name = "DISK")]
+    pub disks: Vec<String>,
+    /// The image to write, one a disk; made unless --existing is given
+    #[arg(long = "target", required = true, value_name = "FILE")]
+    pub targets: Vec<PathBuf>,
+    /// Format of the image
+    #[arg(long, value_enum, default_value_t = ImageFormat::Qcow2)]
+    pub format: ImageFormat,
+    /// The bitmap, of this name on each disk
+    #[arg(long)]
+    pub bitmap: Option<String>,
+    /// The image that the new one stands on, one a disk: usually the backup before
+    #[arg(long = "backing", value_name = "FILE")]
+    pub backings: Vec<PathBuf>,
+    /// Format of the backing image
+    #[arg(long, value_enum, default_value_t = ImageFormat::Qcow2, requires = "backings")]
+    pub backing_format: ImageFormat,
+    /// Write into an image or block device that is there already
+    #[arg(long, conflicts_with_all = ["backings", "overwrite"])]
+    pub existing: bool,
+    /// Empty and reuse a file that is there already
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Deflate what is written: smaller images, more processor time (qcow2 only)
+    #[arg(long)]
+    pub compress: bool,
+    /// Bytes a second at most, a disk [default: no limit]
+    #[arg(long, value_parser = size::parse_signed)]
+    pub speed: Option<u64>,
+    /// Leave room while the guest's requests take longer than this many microseconds; 0 does not look [default: 1000]
+    #[arg(long, value_name = "US")]
+    pub max_guest_latency: Option<u64>,
+    /// Share blocks with the disk where the file system can: a raw image beside a raw disk, on XFS or btrfs
+    #[arg(long)]
+    pub reflink: bool,
+    /// If it fails, keep its point in time for `job retry`; until then the bitmap stays frozen
+    #[arg(long)]
+    pub keep: bool,
+    /// Id of the job, for a single disk [default: the disk's]
+    #[arg(long)]
+    pub job: Option<String>,
+    /// Wait until it is done; this is the default
+    #[arg(long, overrides_with = "no_wait")]
+    pub wait: bool,
+    /// Return as soon as it runs
+    #[arg(long, overrides_with = "wait")]
+    pub no_wait: bool,
+}
+
+/// Image formats that can be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ImageFormat {
+    /// The bytes of the disk.
+    Raw,
+    /// QEMU's qcow2.
+    Qcow2,
+}
+
+impl BackupArgs {
+    /// What clap cannot check.
+    pub(super) fn check(&self) -> Result<(), Failure> {
+        let usage = |text: &str| Err(Failure::Usage(text.to_owned()));
+        let needs_bitmap = matches!(self.kind, BackupKind::Incremental | BackupKind::Differential);
+        if self.targets.len() != self.disks.len() {
+            return usage("every --disk needs its own --target");
+        }
+        if !self.backings.is_empty() && self.backings.len() != self.disks.len() {
+            return usage("give a --backing for every --disk, or none");
+        }
+        if needs_bitmap && self.bitmap.is_none() {
+            return usage("this kind of backup needs --bitmap");
+        }
+        if self.kind == BackupKind::Top && self.bitmap.is_some() {
+            return usage("a backup of the topmost image takes no --bitmap");
+        }
+        if self.job.is_some() && self.disks.len() > 1 {
+            return usage("--job names the job of a single disk");
+        }
+        if self.format == ImageFormat::Raw && !self.backings.is_empty() {
+            return usage("a raw image cannot stand on a backing file");
+        }
+        if self.format == ImageFormat::Raw && self.compress {
+            return usage("a raw image cannot be compressed");
+        }
+        if self.kind != BackupKind::Full && self.format == ImageFormat::Raw && !self.existing {
+            return usage(
+                "a new raw image cannot tell what was copied: use qcow2, or update a full one with --existing",
+            );
+        }
+        Ok(())
+    }
+}
 
 /// Runs it.
 pub(super) fn run(client: &mut Client, args: &BackupArgs, output: &Output) -> Result<(), Failure> {
@@ -181,7 +300,44 @@ impl Drop for Made {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
+    use super::super::args::{Cli, ClientCommand, Command};
     use super::*;
+
+    fn backup(words: &str) -> BackupArgs {
+        match Cli::try_parse_from(format!("blkmark backup {words}").split(' ')).unwrap().command {
+            Some(Command::Client(ClientCommand::Backup(args))) => args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn backups_that_make_no_sense_are_refused_before_anything_is_done() {
+        for words in [
+            "full --disk a --target b --target c",
+            "incremental --disk a --target b",
+            "top --disk a --target b --bitmap c",
+            "full --disk a --target b --disk c --target d --job e",
+            "full --disk a --target b --backing c --format raw",
+            "full --disk a --target b --compress --format raw",
+            "incremental --disk a --target b --bitmap c --format raw",
+            "incremental --disk a --target b --disk c --target d --bitmap e --backing f",
+        ] {
+            assert!(matches!(backup(words).check(), Err(Failure::Usage(_))), "{words}");
+        }
+        for words in [
+            "full --disk a --target b --bitmap c --speed 10M",
+            "full --disk a --target b --compress",
+            "full --disk a --target b --format raw --max-guest-latency 500 --reflink",
+            "incremental --disk a --target b --bitmap c --backing d",
+            "incremental --disk a --target b --bitmap c --format raw --existing",
+        ] {
+            assert!(backup(words).check().is_ok(), "{words}");
+        }
+        assert!(!backup("full --disk a --target b --no-wait --wait").no_wait);
+        assert!(backup("full --disk a --target b --wait --no-wait").no_wait);
+    }
 
     #[test]
     fn images_side_by_side_name_each_other_without_their_directory() {

@@ -8,6 +8,7 @@ pub mod args;
 mod backup;
 mod bitmap;
 mod checkpoint;
+mod demo;
 mod export;
 mod failure;
 mod job;
@@ -20,10 +21,12 @@ pub(crate) mod size;
 mod store;
 mod wait;
 
-pub use args::{Cli, ClientCommand, Command, DemoArgs, StoreArgs};
+pub use args::{Cli, ClientCommand, Command};
+pub use demo::DemoArgs;
 pub use failure::Failure;
 pub use output::Output;
 pub use serve::ServeArgs;
+pub use store::StoreArgs;
 
 use std::process::ExitCode;
 

@@ -9,11 +9,24 @@ use std::time::Duration;
 
 use blkmark_backup::qmp::parser::{Limits, Parser};
 use blkmark_backup::qmp::{Client, ClientError, QmpError};
+use clap::Args;
 use serde_json::Value;
 
-use super::args::QmpArgs;
 use super::failure::Failure;
 use super::output::Output;
+
+/// `blkmark qmp`.
+#[derive(Debug, Args)]
+#[command(after_help = "Without COMMAND, standard input is sent as it comes, after negotiation, and every reply and \
+    event is printed on a line of its own until all requests are answered:\n  \
+    echo '{\"execute\": \"query-jobs\"}' | blkmark qmp\n\n\
+    Exit status: 0 success; 1 an error was among the replies; 2 wrong usage; 3 the daemon cannot be reached.")]
+pub struct QmpArgs {
+    /// The command
+    pub command: Option<String>,
+    /// Its arguments, a JSON object
+    pub arguments: Option<String>,
+}
 
 /// Runs it.
 pub(super) fn run(client: &mut Client, args: &QmpArgs, output: &Output) -> Result<(), Failure> {

@@ -4,12 +4,37 @@
 //! their own.
 
 use blkmark_backup::qmp::Client;
+use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use super::args::{Query, QueryArgs};
 use super::failure::Failure;
 use super::output::{Output, table, text};
 use super::size;
+
+/// `blkmark query`.
+#[derive(Debug, Args)]
+pub struct QueryArgs {
+    /// What to show
+    #[arg(value_enum)]
+    pub what: Query,
+}
+
+/// What can be shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Query {
+    /// The disks that are served
+    Disks,
+    /// Jobs and their progress
+    Jobs,
+    /// Dirty bitmaps of all disks
+    Bitmaps,
+    /// Block devices, as QMP's query-block lists them
+    Block,
+    /// All nodes, targets included
+    NamedBlockNodes,
+    /// What the daemon has given up since it serves
+    Sandbox,
+}
 
 /// Runs it.
 pub(super) fn run(client: &mut Client, args: &QueryArgs, output: &Output) -> Result<(), Failure> {

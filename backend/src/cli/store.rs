@@ -2,15 +2,41 @@
 //! what the last record says.
 
 use super::Output;
-use super::args::StoreAction;
 use super::failure::Failure;
 use super::output::table;
 use super::size;
 use crate::persistence::default_path;
 use blkmark_bitmap::store::reading::{self, FoundBitmap, How, Slots};
 use blkmark_bitmap::store::{Directory, Maps, NoMaps, Shm};
+use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+
+/// `blkmark store`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Exit status: 0 all that was asked for could be read (check: and can be relied on); 1 not so; 2 wrong usage."
+)]
+pub struct StoreArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub action: StoreAction,
+}
+
+/// What can be done with a store.
+#[derive(Debug, Subcommand)]
+pub enum StoreAction {
+    /// Read all of it, and fail if anything in it cannot be relied on
+    Check {
+        /// The store's directory, or the disk it belongs to
+        path: PathBuf,
+    },
+    /// Show the bitmaps in it
+    Show {
+        /// The store's directory, or the disk it belongs to
+        path: PathBuf,
+    },
+}
 
 /// Runs it.
 pub fn run(action: &StoreAction, output: &Output) -> Result<(), Failure> {

@@ -6,13 +6,14 @@ use blkmark_backup::buffer::{ALIGNMENT, AlignedBuffer};
 use blkmark_backup::file_lock::{self, LockError, LockMode};
 use blkmark_backup::pulse::Pulse;
 use blkmark_backup::source::{BlockStatus, FileId, Source};
-use blkmark_bitmap::store::Stamp;
+use blkmark_bitmap::store::{Flush, Stamp};
 use rustix::fs::{FileType, OFlags, SeekFrom};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use thiserror::Error;
@@ -236,6 +237,12 @@ impl DiskFile {
     /// Makes all completed writes durable, and the times of the file with them.
     pub fn sync_all(&self) -> io::Result<()> {
         self.file.sync_all()
+    }
+
+    /// Does the same as [`DiskFile::sync`] for who cannot hold this.
+    pub fn flusher(&self) -> io::Result<Flush> {
+        let file = self.file.try_clone()?;
+        Ok(Arc::new(move || file.sync_data()))
     }
 
     /// Makes all completed writes durable.

@@ -30,6 +30,7 @@ mod resize;
 mod resume;
 mod sandbox;
 mod schema;
+mod shapes;
 mod standing;
 mod transaction;
 

@@ -34,6 +34,9 @@ pub enum Damage {
     Unreadable(String),
 }
 
+/// Numbers of records, generations and files count up by one, so none beyond this was ever given, and one can always be added.
+pub(crate) const MOST_NUMBER: u64 = u64::MAX >> 1;
+
 /// Writes.
 #[derive(Default)]
 pub(crate) struct Encoder(pub(crate) Vec<u8>);

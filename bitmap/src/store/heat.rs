@@ -6,8 +6,8 @@
 //! the store.
 //!
 //! **Invariant.** A set bit in memory means that the extent is hot in the durable table. It is set under the table's lock after
-//! the sync; the table is made cold under the same lock, only where the bit in memory is clear, after the bits of the extent are
-//! in a durable object that a durable record names (`Tracker::cool`). Bits in memory are cleared while all queues are held out,
+//! the sync; the table is made cold under the same lock, only where the bit in memory is clear, after the bytes of the extent are
+//! durable and its bits are in a durable object that a durable record names (`Tracker::cool`). Bits in memory are cleared while all queues are held out,
 //! so a write that saw one is marked before the snapshot for that object is taken.
 
 use super::medium::Medium;
@@ -184,14 +184,22 @@ impl Heat {
         lock(&self.waiting).given_up
     }
 
-    /// Forgets in memory which extents are hot, so that the next write to each has to ask. Only while all queues are held out.
-    pub(crate) fn forget(&self) {
-        if !self.is_given_up() {
-            self.hot.iter().for_each(|word| {
-                if word.load(Ordering::Relaxed) != 0 {
-                    word.store(0, Ordering::Relaxed);
-                }
-            });
+    /// Forgets in memory which extents are hot, so that the next write to each has to ask; not those of writes that are in flight,
+    /// whose bytes a flush does not cover yet. Only while all queues are held out.
+    pub(crate) fn forget(&self, in_flight: &mut Vec<ByteRange>) {
+        if self.is_given_up() {
+            return;
+        }
+        in_flight.retain(|range| self.admits(*range));
+        self.hot.iter().for_each(|word| {
+            if word.load(Ordering::Relaxed) != 0 {
+                word.store(0, Ordering::Relaxed);
+            }
+        });
+        for extent in in_flight.iter().copied().filter_map(extents).flatten() {
+            if let Some(word) = self.hot.get((extent / 64) as usize) {
+                word.fetch_or(1 << (extent % 64), Ordering::Release);
+            }
         }
     }
 

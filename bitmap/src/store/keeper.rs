@@ -4,8 +4,9 @@
 //! made durable; then the first slot; then the second; only then anything that older records needed is taken away. See
 //! `docs/store.md` for why a crash between any two of these steps loses nothing.
 //!
-//! What fails before a slot is touched leaves the old record in force and is an error of the command. What fails in a slot
-//! leaves it open which record is in force, so all bitmaps become inconsistent, durably (`distrust`).
+//! What fails before a slot is touched, or while the first is written to and can be put back, leaves the old record in force and is
+//! an error of the command. What else fails in a slot leaves it open which record is in force, so all bitmaps become
+//! inconsistent, durably (`distrust`).
 
 use super::heat::Heat;
 use super::maps::{MapHead, Maps};
@@ -13,11 +14,11 @@ use super::medium::Medium;
 use super::object::{self, ObjectRef};
 use super::reading::{Dirty, How, Reading, Slots};
 use super::record::{
-    BitmapRecord, CheckpointRecord, Contents, FrozenRecord, LayersRecord, LiveRecord, Prepared, Record, SLOTS,
+    BitmapRecord, CheckpointRecord, Contents, FrozenRecord, LayersRecord, LiveRecord, MOST, Prepared, Record, SLOTS,
 };
 use super::stamp::Stamp;
-use super::{Before, Place, reading, table};
-use crate::bits::Bits;
+use super::{Before, Flush, Place, reading, table};
+use crate::bits::{Bits, words_for};
 use crate::checkpoints::{Checkpoint, CheckpointMark};
 use crate::layers::Layers;
 use crate::live::LiveMap;
@@ -31,6 +32,13 @@ use uuid::Uuid;
 
 /// Slots are given room in these steps.
 const ROOM: u64 = 16 << 10;
+
+/// Room that is kept for the next start, so that a file system that is full by then costs nothing; for objects twice this at the most.
+const RESERVE: &str = "reserve";
+const MOST_RESERVED: u64 = 8 << 20;
+
+/// File systems give room in such pieces.
+const BLOCK: u64 = 4096;
 
 /// What is written at once.
 const PIECE: usize = 1 << 20;
@@ -57,6 +65,9 @@ pub enum StoreError {
         /// What the system said.
         reason: String,
     },
+    /// The disk could not be flushed.
+    #[error("Could not flush the disk, which its persistent bitmaps rely on: {0}")]
+    Flush(String),
     /// The disk grew far beyond what it was at the start.
     #[error(
         "The bitmap store '{0}' has no room for a disk of this size: restart the daemon with the smaller disk first"
@@ -119,9 +130,11 @@ pub(crate) struct Keeper {
     store: Uuid,
     run: Uuid,
     disk: Stamp,
+    flush: Flush,
     sequence: u64,
     next_object: u64,
     room: u64,
+    reserved: u64,
     /// The layers that the record in force names.
     known: HashMap<usize, (Layer, ObjectRef)>,
     /// What of the live generation is durable, and which generation that is.
@@ -141,7 +154,8 @@ pub(crate) struct Opened {
 }
 
 impl Keeper {
-    fn new(medium: Arc<dyn Medium>, maps: Box<dyn Maps>, disk: Stamp) -> Self {
+    fn new(place: Place) -> Self {
+        let Place { medium, maps, disk, flush, resume: _ } = place;
         Self {
             medium,
             maps,
@@ -149,9 +163,11 @@ impl Keeper {
             store: Uuid::new_v4(),
             run: Uuid::new_v4(),
             disk,
+            flush,
             sequence: 0,
             next_object: 1,
             room: 0,
+            reserved: 0,
             known: HashMap::new(),
             synced: None,
             decided: None,
@@ -163,8 +179,8 @@ impl Keeper {
     /// Opens what is there, brings it up to date and begins a run. Never fails: what is wrong with the store is not the
     /// disk's affair, and shows in the bitmaps.
     pub(crate) fn open(place: Place) -> Opened {
-        let Place { medium, maps, disk, resume } = place;
-        let mut keeper = Self::new(medium, maps, disk);
+        let (disk, resume) = (place.disk, place.resume.clone());
+        let mut keeper = Self::new(place);
         let mut draft = Draft::new(disk.size);
         let nothing = |keeper, draft| Opened { keeper, draft, generation: 0, live: None };
         if !keeper.medium.is_there() {
@@ -215,7 +231,12 @@ impl Keeper {
         keeper.take_over(&mut draft, &reading);
         let generation = reading.generation + 1;
         let mended = keeper.mend_slot(&record, stale).map_err(|error| keeper.error(&error));
-        match mended.and_then(|()| keeper.begin_run(&draft, generation)) {
+        // The table of this run begins cold, so what the run before left in caches has to be durable.
+        let flushed = mended.and_then(|()| match reading.how == How::Clean || draft.kept_granularity().is_none() {
+            true => Ok(()),
+            false => keeper.flush_disk(),
+        });
+        match flushed.and_then(|()| keeper.begin_run_anyhow(&draft, generation)) {
             Ok(live) => Opened { keeper, draft, generation, live },
             Err(error) => {
                 keeper.distrust(&mut draft, &error.to_string());
@@ -254,19 +275,33 @@ impl Keeper {
         draft.settle(false, None);
     }
 
+    /// As [`Keeper::begin_run`]; where there is no room for it, in the room that was kept.
+    fn begin_run_anyhow(&mut self, draft: &Draft, generation: u64) -> Result<Option<Arc<LiveMap>>, StoreError> {
+        let begun = match self.begin_run(draft, generation) {
+            Err(Failure::Before(error)) if self.take_reserve() => {
+                tracing::warn!(%error, "bitmaps begin in the room that was kept for that");
+                if let Some((number, _)) = self.heat.table() {
+                    let _ = self.medium.remove(&table::file(number));
+                }
+                self.begin_run(draft, generation)
+            }
+            begun => begun,
+        };
+        begun.map_err(|(Failure::Before(error) | Failure::Torn(error))| error)
+    }
+
     /// The first record of this process: from now on a clean end before it says nothing any more.
-    fn begin_run(&mut self, draft: &Draft, generation: u64) -> Result<Option<Arc<LiveMap>>, StoreError> {
+    fn begin_run(&mut self, draft: &Draft, generation: u64) -> Result<Option<Arc<LiveMap>>, Failure> {
+        let live = self.prepare_run(draft, generation).map_err(Failure::Before)?;
+        let state = State { draft, generation, live: live.as_ref(), prepared: None, decides: None, clean: None };
+        self.record(&state).map(|()| live)
+    }
+
+    fn prepare_run(&mut self, draft: &Draft, generation: u64) -> Result<Option<Arc<LiveMap>>, StoreError> {
         self.make_room(&[draft]).map_err(|error| self.error(&error))?;
         self.begin_table(draft.size()).map_err(|error| self.error(&error))?;
-        let live = match draft.kept_granularity() {
-            Some(granularity) => Some(self.create_map(granularity, draft.size(), generation)?),
-            None => None,
-        };
-        let state = State { draft, generation, live: live.as_ref(), prepared: None, decides: None, clean: None };
-        match self.record(&state) {
-            Ok(()) => Ok(live),
-            Err(Failure::Before(error) | Failure::Torn(error)) => Err(error),
-        }
+        let granularity = draft.kept_granularity();
+        granularity.map(|granularity| self.create_map(granularity, draft.size(), generation)).transpose()
     }
 
     /// Both slots have the record that was found before a new one is written over either of them.
@@ -286,8 +321,39 @@ impl Keeper {
     fn begin_table(&mut self, size: u64) -> io::Result<()> {
         let number = self.next_object;
         self.next_object += 1;
-        self.heat.begin(&self.medium, self.run, number, size)?;
+        self.heat.begin(&self.medium, self.run, number, size).inspect_err(|_| {
+            // What there is of it takes room. If it stays, the next record takes it away.
+            let _ = self.medium.remove(&table::file(number));
+        })?;
         self.medium.sync_dir()
+    }
+
+    /// Gives up the room that was kept; `false`: there is none.
+    pub(crate) fn take_reserve(&mut self) -> bool {
+        self.reserved = 0;
+        self.medium.remove(RESERVE).is_ok()
+    }
+
+    /// Keeps room for what an end and the next start write before they can take anything away: a table, and an object a bitmap.
+    /// Twice the latter, less what `objects` have by now: so what is taken for new ones comes back from old ones, and the whole
+    /// of it never grows.
+    fn reserve(&mut self, draft: &Draft, objects: impl Iterator<Item = u64>) {
+        let object = |granularity: Granularity| {
+            let words = words_for(granularity, draft.size()) as u64;
+            (80 + words * 8 + words.div_ceil(64) * 8).next_multiple_of(BLOCK)
+        };
+        let bitmaps = draft.kept().map(|bitmap| object(bitmap.layers().granularity()));
+        let checkpoints = draft.checkpoints.0.iter().map(|checkpoint| object(checkpoint.layers.granularity()));
+        let most = bitmaps.chain(checkpoints).sum::<u64>().min(MOST_RESERVED);
+        let there = objects.map(|len| len.next_multiple_of(BLOCK)).sum::<u64>().min(most);
+        let table = table::sectors_for(draft.size()) * table::SECTOR as u64;
+        let needed = table.next_multiple_of(BLOCK) + 2 * most - there;
+        if needed > self.reserved {
+            match self.medium.allocate(RESERVE, needed) {
+                Ok(()) => self.reserved = needed,
+                Err(error) => tracing::debug!(%error, needed, "no room is kept for the next start"),
+            }
+        }
     }
 
     fn error(&self, error: &io::Error) -> StoreError {
@@ -372,6 +438,17 @@ impl Keeper {
         })
     }
 
+    /// Makes durable all writes to the disk that have ended, before anything relies on extents that are cold: a power cut that
+    /// takes a write back changes the disk, too.
+    pub(crate) fn flush_disk(&self) -> Result<(), StoreError> {
+        (self.flush)().map_err(|error| StoreError::Flush(reason(&error)))
+    }
+
+    /// How to do that without this.
+    pub(crate) fn flush(&self) -> Flush {
+        Arc::clone(&self.flush)
+    }
+
     /// Makes the extents of writes in flight hot, now.
     pub(crate) fn warm(&mut self, ranges: impl Iterator<Item = ByteRange>) -> Result<(), StoreError> {
         self.heat.ensure(ranges).map_err(|error| self.error(&error))
@@ -444,26 +521,41 @@ impl Keeper {
             prepared,
             decided,
         };
-        if let Err(error) = self.write_slots(&record) {
-            return Err(Failure::Torn(self.error(&error)));
-        }
+        self.write_slots(&record).inspect_err(|failure| {
+            if let Failure::Before(_) = failure {
+                self.take_away(&new);
+            }
+        })?;
         self.decided = decided;
         self.known = layers.into_iter().map(|(layer, object)| (layer.key(), (layer, object))).collect();
-        let kept = objects.iter().chain(synced.as_ref().map(|(_, object)| object)).map(ObjectRef::file);
-        self.clean_up(kept.collect(), record.table.map(|(number, _)| number));
+        let kept = objects.iter().chain(synced.as_ref().map(|(_, object)| object));
+        self.clean_up(kept.clone().map(ObjectRef::file).collect(), record.table.map(|(number, _)| number));
         self.maps.keep(self.store, self.run, state.generation);
+        self.reserve(state.draft, kept.map(|object| object.len));
         Ok(())
     }
 
-    fn write_slots(&mut self, record: &Record) -> io::Result<()> {
-        // Used up even if it fails: nobody knows what the slot holds then.
-        self.sequence = record.sequence;
+    fn write_slots(&mut self, record: &Record) -> Result<(), Failure> {
         let bytes = record.encode();
-        for slot in SLOTS {
-            self.medium.write(slot, 0, &bytes)?;
-            self.medium.sync(slot)?;
+        let [first, second] = SLOTS;
+        if let Err(error) = self.medium.write(first, 0, &bytes) {
+            let error = self.error(&error);
+            // No sync has failed, so what is written now can be relied on: the second slot has what is in force.
+            return Err(match self.copy_slot(second, first) {
+                Ok(()) => Failure::Before(error),
+                Err(_) => Failure::Torn(error),
+            });
         }
-        Ok(())
+        // Used up even if it fails: nobody knows what the slots hold then.
+        self.sequence = record.sequence;
+        let written = self.medium.sync(first).and_then(|()| self.medium.write(second, 0, &bytes));
+        written.and_then(|()| self.medium.sync(second)).map_err(|error| Failure::Torn(self.error(&error)))
+    }
+
+    fn copy_slot(&self, from: &str, to: &str) -> io::Result<()> {
+        let bytes = self.medium.read(from, MOST as u64)?;
+        self.medium.write(to, 0, &bytes)?;
+        self.medium.sync(to)
     }
 
     fn take_away(&self, objects: &[ObjectRef]) {
@@ -533,7 +625,7 @@ impl Keeper {
             prepared: None,
             decided: None,
         };
-        let Err(error) = self.write_slots(&record) else { return };
+        let Err(Failure::Before(error) | Failure::Torn(error)) = self.write_slots(&record) else { return };
         let removed = SLOTS.map(|slot| self.medium.remove(slot));
         match removed.into_iter().collect::<io::Result<Vec<()>>>().and_then(|_| self.medium.sync_dir()) {
             Ok(()) => {

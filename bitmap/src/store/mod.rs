@@ -10,6 +10,8 @@
 
 pub(crate) mod codec;
 pub mod directory;
+#[cfg(all(any(test, fuzzing), not(any(loom, shuttle))))]
+pub(crate) mod fuzzing;
 pub(crate) mod heat;
 pub(crate) mod keeper;
 #[cfg(not(any(loom, shuttle)))]
@@ -33,6 +35,9 @@ pub use medium::Medium;
 pub use shm::Shm;
 pub use stamp::Stamp;
 
+/// Makes durable all writes to the disk that have ended.
+pub type Flush = std::sync::Arc<dyn Fn() -> std::io::Result<()> + Send + Sync>;
+
 /// Where a disk's bitmaps are to be kept.
 pub struct Place {
     /// The store's files.
@@ -41,6 +46,8 @@ pub struct Place {
     pub maps: Box<dyn Maps>,
     /// The disk as it is now.
     pub disk: Stamp,
+    /// Flushes it.
+    pub flush: Flush,
     /// Freezes of jobs that somebody may go on with, if the process before was killed. All others end.
     pub resume: Vec<uuid::Uuid>,
 }

@@ -13,7 +13,7 @@
 //! | 8 | number of blocks |
 //! | each: 8 + 8 n | the block's number, its words: 64, or as many as there are in the last block |
 
-use super::codec::{Damage, Decoder, Encoder};
+use super::codec::{Damage, Decoder, Encoder, MOST_NUMBER};
 use crate::bits::{Bits, words_for};
 use crate::named::MOST_BITS;
 use uuid::Uuid;
@@ -52,8 +52,8 @@ pub(crate) fn file(number: u64, sequence: u64) -> String {
 /// Number and sequence of the object that a file of this name is.
 pub(crate) fn parse_file(name: &str) -> Option<(u64, u64)> {
     let (number, sequence) = name.strip_prefix("bits.")?.split_once('-')?;
-    let parsed = (number.parse().ok()?, sequence.parse().ok()?);
-    (file(parsed.0, parsed.1) == name).then_some(parsed)
+    let parsed: (u64, u64) = (number.parse().ok()?, sequence.parse().ok()?);
+    (parsed.0.max(parsed.1) <= MOST_NUMBER && file(parsed.0, parsed.1) == name).then_some(parsed)
 }
 
 /// Lays out `bits`; answers how a record names it.

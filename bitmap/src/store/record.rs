@@ -11,7 +11,7 @@
 //! | 32 | SHA-256 of the body |
 //! | | the body: see [`Record`], in the order of its members |
 
-use super::codec::{Damage, Decoder, Encoder};
+use super::codec::{Damage, Decoder, Encoder, MOST_NUMBER};
 use super::object::ObjectRef;
 use super::stamp::Stamp;
 use crate::checkpoints::CheckpointMark;
@@ -317,6 +317,7 @@ impl Record {
             names.sort_unstable();
             names.windows(2).all(|pair| pair[0] != pair[1])
         });
-        if bitmaps && checkpoints && live && unique { Ok(()) } else { Err(Damage::Nonsense) }
+        let numbers = [self.sequence, self.generation, self.next_object].iter().all(|number| *number <= MOST_NUMBER);
+        if bitmaps && checkpoints && live && unique && numbers { Ok(()) } else { Err(Damage::Nonsense) }
     }
 }

@@ -14,7 +14,7 @@
 //! | 128 | 8 | the generation made after this one, or 0 |
 //! | 4096 | | the words, as the machine has them |
 
-use super::codec::{Decoder, Encoder};
+use super::codec::{Decoder, Encoder, MOST_NUMBER};
 use super::mapping::Mapping;
 use super::maps::{FoundMap, FoundMaps, MapHead, Maps};
 use crate::bits::{Bits, words_for};
@@ -118,7 +118,8 @@ fn read_header(bytes: &[u8]) -> Option<MapHead> {
     }
     let (store, run, generation) = (input.uuid().ok()?, input.uuid().ok()?, input.u64().ok()?);
     let (granularity, size, sequence) = (input.granularity().ok()?, input.u64().ok()?, input.u64().ok()?);
-    (granularity.bits_for(size) <= MOST_BITS).then_some(MapHead { store, run, generation, sequence, granularity, size })
+    let possible = generation <= MOST_NUMBER && granularity.bits_for(size) <= MOST_BITS;
+    possible.then_some(MapHead { store, run, generation, sequence, granularity, size })
 }
 
 /// A word as it lies in memory.

@@ -12,7 +12,7 @@
 //! | 8 | the sector's place |
 //! | 464 | a bit an extent: may have changed |
 
-use super::codec::Damage;
+use super::codec::{Damage, MOST_NUMBER};
 use uuid::Uuid;
 
 /// Bytes of an extent.
@@ -37,7 +37,7 @@ pub(crate) fn file(number: u64) -> String {
 
 pub(crate) fn parse_file(name: &str) -> Option<u64> {
     let number = name.strip_prefix("intent.")?.parse().ok()?;
-    (file(number) == name).then_some(number)
+    (number <= MOST_NUMBER && file(number) == name).then_some(number)
 }
 
 /// One sector's bits.

@@ -5,8 +5,9 @@ use blkmark_bitmap::store::Medium;
 use blkmark_bitmap::store::maps::{FoundMap, FoundMaps, MapHead, Maps};
 use blkmark_bitmap::{Bits, LiveMap};
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use uuid::Uuid;
 
@@ -73,6 +74,8 @@ pub struct Files {
     names: BTreeMap<String, u64>,
     durable_names: BTreeMap<String, u64>,
     changed_names: Vec<String>,
+    /// Bytes of files that were taken away.
+    room: u64,
 }
 
 impl Files {
@@ -113,6 +116,8 @@ pub enum Faults {
     Errors(u64),
     /// No space for new bytes, now and then.
     Full,
+    /// None at all, but for what is taken away.
+    NoRoom,
 }
 
 thread_local! {
@@ -128,6 +133,8 @@ pub struct SimMedium {
     /// Called before each change, with the name of the file.
     pub hook: fn(&str),
     pub hooked: bool,
+    /// A call failed for a file without which nobody knows what is in force: a slot, or the table.
+    pub hurt: AtomicBool,
 }
 
 impl SimMedium {
@@ -144,6 +151,7 @@ impl SimMedium {
             faults,
             hook: hook.unwrap_or(|_| {}),
             hooked: hook.is_some(),
+            hurt: AtomicBool::new(false),
         });
         NAMED.with_borrow_mut(|named| named.insert(name.to_owned(), Arc::downgrade(&medium)));
         medium
@@ -159,6 +167,17 @@ impl SimMedium {
         if self.hooked {
             (self.hook)(file);
         }
+        self.fault(grows)
+    }
+
+    /// After this nobody knows what is in force, or what is hot.
+    fn hurts(&self, file: &str, error: &Option<io::Error>) {
+        if error.is_some() && (file.starts_with("slot") || file.starts_with("intent")) {
+            self.hurt.store(true, Ordering::SeqCst);
+        }
+    }
+
+    fn fault(&self, grows: bool) -> Option<io::Error> {
         let mut random = self.random.lock().unwrap();
         match self.faults {
             Faults::None => None,
@@ -173,6 +192,7 @@ impl SimMedium {
                 None
             }
             Faults::Full => (grows && random.one_in(6)).then(|| io::Error::from_raw_os_error(28)),
+            Faults::NoRoom => None,
         }
     }
 }
@@ -219,8 +239,12 @@ impl Medium for SimMedium {
                 number
             }
         };
+        let there = state.files[&number].current.len();
+        if self.faults == Faults::NoRoom && (there as u64) < len {
+            let left = state.room.checked_sub(len - there as u64);
+            state.room = left.ok_or(io::Error::from_raw_os_error(28))?;
+        }
         let file = state.files.get_mut(&number).unwrap();
-        let there = file.current.len();
         if there < len as usize {
             file.current.resize(len as usize, 0);
             file.pending.push((there as u64, vec![0; len as usize - there]));
@@ -230,11 +254,19 @@ impl Medium for SimMedium {
 
     fn write(&self, file: &str, at: u64, data: &[u8]) -> io::Result<()> {
         let error = self.point(file, false);
+        if file != "slot.0" {
+            self.hurts(file, &error);
+        }
         let mut state = self.state.lock().unwrap();
         let number = *state.names.get(file).ok_or(io::ErrorKind::NotFound)?;
         let file = state.files.get_mut(&number).unwrap();
         let done = match &error {
-            Some(_) => &data[..self.random.lock().unwrap().below(data.len() as u64 + 1) as usize],
+            Some(_) => {
+                // Any part of it was done, or all.
+                let mut random = self.random.lock().unwrap();
+                let all = random.one_in(3);
+                &data[..if all { data.len() } else { random.below(data.len() as u64) as usize }]
+            }
             None => data,
         };
         File::put(&mut file.current, at, done);
@@ -244,6 +276,7 @@ impl Medium for SimMedium {
 
     fn sync(&self, file: &str) -> io::Result<()> {
         let error = self.point(file, false);
+        self.hurts(file, &error);
         let mut state = self.state.lock().unwrap();
         let number = *state.names.get(file).ok_or(io::ErrorKind::NotFound)?;
         let file = state.files.get_mut(&number).unwrap();
@@ -277,7 +310,8 @@ impl Medium for SimMedium {
             return Err(error);
         }
         let mut state = self.state.lock().unwrap();
-        state.names.remove(file).ok_or(io::ErrorKind::NotFound)?;
+        let number = state.names.remove(file).ok_or(io::ErrorKind::NotFound)?;
+        state.room += state.files[&number].current.len() as u64;
         state.changed_names.push(file.to_owned());
         Ok(())
     }
@@ -290,6 +324,58 @@ impl Medium for SimMedium {
     fn read_elsewhere(&self, directory: &str, file: &str, limit: u64) -> io::Result<Vec<u8>> {
         let other = NAMED.with_borrow(|named| named.get(directory).and_then(Weak::upgrade));
         other.ok_or(io::ErrorKind::NotFound)?.read(file, limit)
+    }
+}
+
+/// The disk, as far as its cache goes: which blocks a power cut may take back or tear, and may not.
+#[derive(Default)]
+pub struct SimDisk(Mutex<Cache>);
+
+#[derive(Clone, Default)]
+struct Cache {
+    /// Written to since the last flush began, or in flight when it did.
+    unflushed: BTreeSet<u64>,
+    /// Writes in flight, by their slot.
+    flying: BTreeMap<usize, Vec<u64>>,
+    /// One flush in so many fails.
+    fails: Option<(Random, u64)>,
+}
+
+impl SimDisk {
+    pub fn new(seed: u64, faults: Faults) -> Arc<Self> {
+        let fails = matches!(faults, Faults::Errors(_)).then_some((Random(seed), 30));
+        Arc::new(Self(Mutex::new(Cache { fails, ..Cache::default() })))
+    }
+
+    /// The process is killed: what it wrote, and what it had in flight, is in caches still.
+    pub fn killed(&self) -> Arc<Self> {
+        let Cache { unflushed, fails, .. } = self.0.lock().unwrap().clone();
+        Arc::new(Self(Mutex::new(Cache { unflushed, fails, ..Cache::default() })))
+    }
+
+    /// The blocks that may be found as they were at the last flush, or before.
+    pub fn unflushed(&self) -> BTreeSet<u64> {
+        self.0.lock().unwrap().unflushed.clone()
+    }
+
+    pub fn submit(&self, slot: usize, blocks: impl Iterator<Item = u64>) {
+        let (mut cache, blocks) = (self.0.lock().unwrap(), Vec::from_iter(blocks));
+        cache.unflushed.extend(&blocks);
+        cache.flying.insert(slot, blocks);
+    }
+
+    pub fn complete(&self, slot: usize) {
+        self.0.lock().unwrap().flying.remove(&slot);
+    }
+
+    /// What a guest asks for, and the store.
+    pub fn flush(&self) -> io::Result<()> {
+        let mut cache = self.0.lock().unwrap();
+        if cache.fails.as_mut().is_some_and(|(random, n)| random.one_in(*n)) {
+            return Err(io::Error::from_raw_os_error(5));
+        }
+        cache.unflushed = cache.flying.values().flatten().copied().collect();
+        Ok(())
     }
 }
 

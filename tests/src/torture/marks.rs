@@ -82,6 +82,12 @@ impl Op {
         }
     }
 
+    /// The bitmap that it changes and those that it reads.
+    fn concerned(&self) -> impl Iterator<Item = &str> {
+        let sources = if let Op::Merge { sources, .. } = self { &sources[..] } else { &[] };
+        sources.iter().map(String::as_str).chain([self.name()])
+    }
+
     /// As an action of a transaction.
     pub fn action(&self, node: &str) -> Value {
         let plain = |kind: &str, name: &String| json!({ "type": kind, "data": { "node": node, "name": name } });
@@ -147,20 +153,21 @@ impl Marks {
         }
     }
 
-    /// Orders about these are given now.
+    /// Orders about these are given now. Until they are answered nothing is counted for bitmaps that they change, nor for
+    /// those that they read: what comes after a merge, and before its answer, is not in its target.
     pub fn unsure(&mut self, ops: &[Op]) {
-        for op in ops {
-            if let Some(mark) = self.0.get_mut(op.name()) {
-                mark.unsure = true;
-            }
-        }
+        self.set_unsure(ops, true);
     }
 
     /// They came to nothing. What was answered meanwhile was not counted, which only asks for less.
     pub fn refused(&mut self, ops: &[Op]) {
-        for op in ops {
-            if let Some(mark) = self.0.get_mut(op.name()) {
-                mark.unsure = false;
+        self.set_unsure(ops, false);
+    }
+
+    fn set_unsure(&mut self, ops: &[Op], unsure: bool) {
+        for name in ops.iter().flat_map(Op::concerned) {
+            if let Some(mark) = self.0.get_mut(name) {
+                mark.unsure = unsure;
             }
         }
     }
@@ -210,9 +217,7 @@ impl Marks {
                 }
             }
         }
-        for op in ops {
-            self.change(op.name(), |mark| mark.unsure = false);
-        }
+        self.set_unsure(ops, false);
     }
 
     fn change(&mut self, name: &str, change: impl FnOnce(&mut Mark)) {
@@ -225,6 +230,7 @@ impl Marks {
     /// Nobody knows whether they were carried out; `shown` is what there is now, `now` a place in the
     /// journal. The bitmap that is gone, or there, for no reason.
     pub fn settle(&mut self, ops: &[Op], shown: &BTreeMap<String, Shown>, now: u64) -> Option<String> {
+        self.set_unsure(ops, false);
         for op in ops {
             let name = op.name();
             let of_it = |wanted: fn(&Op) -> bool| ops.iter().any(|op| op.name() == name && wanted(op));
@@ -257,5 +263,49 @@ impl Marks {
             }
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::torture::model::Change;
+
+    fn add(name: &str) -> Op {
+        Op::Add { name: name.into(), granularity: 512, persistent: true, disabled: false }
+    }
+
+    fn change(sector: u32, begun: u64) -> Option<Certain> {
+        Some(Certain::Done(Change { number: begun, sector, count: 1, version: begun, discard: false, begun }))
+    }
+
+    #[test]
+    fn a_merge_brings_what_was_certain_before_it_was_ordered() {
+        let mut marks = Marks::default();
+        marks.done(&[add("from"), add("to")], 0);
+        let disabled = [Op::Disable("to".into())];
+        marks.done(&disabled, 0);
+        marks.certain(change(1, 1));
+        let merge = [Op::Merge { target: "to".into(), sources: vec!["from".into()] }];
+        marks.unsure(&merge);
+        // Answered between the instant of the merge and its answer: nobody can tell.
+        marks.certain(change(2, 2));
+        marks.done(&merge, 3);
+        marks.certain(change(4, 4));
+        assert_eq!(marks.0["to"].must, [1].into());
+        assert!(marks.0["from"].must.is_superset(&[1, 4].into()), "it counts again");
+        for came_to_nothing in [true, false] {
+            marks.unsure(&merge);
+            if came_to_nothing {
+                marks.refused(&merge);
+            } else {
+                let shown = |recording| Shown { granularity: 512, recording, busy: false, inconsistent: false };
+                let shown = [("from".to_owned(), shown(true)), ("to".to_owned(), shown(false))].into();
+                assert_eq!(marks.settle(&merge, &shown, 5), None);
+            }
+            marks.certain(change(6, 6));
+            assert!(marks.0["from"].must.contains(&6), "it counts again");
+            marks.0.get_mut("from").unwrap().must.remove(&6);
+        }
     }
 }

@@ -60,20 +60,21 @@ impl Torture {
                 break;
             }
             for disk in self.all() {
-                if self.served[disk].chain.tip().is_none() {
-                    // Where the machine lets the guest outrun its little scratch all the time, the guest makes room.
-                    if tried >= TRIES / 2 {
-                        self.end_guest(disk)?;
-                    }
+                let lacks = (self.served[disk].chain.tip().is_none(), self.served[disk].mirror.bitmap.is_none());
+                // Where the machine lets the guest outrun its little scratch all the time, the guest makes room.
+                if tried >= TRIES / 2 && lacks != (false, false) {
+                    self.end_guest(disk)?;
+                }
+                if lacks.0 {
                     self.back_up(&[disk], &mut random, &json!({}), false)?;
                 }
-                if self.served[disk].mirror.bitmap.is_none() {
+                if lacks.1 {
                     self.mirror(disk, &json!({}), false)?;
                 }
             }
             self.wait_for_jobs()?;
         }
-        ensure!(begun(self), "no chain came to be");
+        ensure!(begun(self), "no chain or no mirror came to be");
         for disk in self.all() {
             for name in self.served[disk].marks.0.keys().cloned().collect::<Vec<_>>() {
                 self.look_at(disk, &name)?;

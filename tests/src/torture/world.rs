@@ -3,6 +3,7 @@
 //!
 //! One thread does all of it, in the order of the log; only a kill in the middle of a command comes from another.
 
+use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -207,8 +208,11 @@ impl Torture {
         let path = self.place.path("control.sock").display().to_string();
         let deadline = Instant::now() + GIVE_UP;
         loop {
-            // The daemon puts away what is left of clients when the next one comes.
-            let _next = UnixStream::connect(&path)?;
+            // The daemon puts away what is left of clients when the next one comes. Once that one is greeted it is among
+            // the connected, and so is, until it is put away, whoever came before.
+            let mut next = UnixStream::connect(&path)?;
+            next.set_read_timeout(Some(GIVE_UP))?;
+            next.read_exact(&mut [0])?;
             let sockets = std::fs::read_to_string("/proc/net/unix")?;
             let ours = |line: &&str| {
                 let words: Vec<&str> = line.split_whitespace().collect();
