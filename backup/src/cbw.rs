@@ -73,6 +73,10 @@ pub(crate) struct State {
     /// What was kept for points that broke, to be given back by whoever may wait for scratch.
     spent: Vec<BTreeMap<u64, Saved>>,
     next: u64,
+    /// Until when the watch sleeps, if there was a reason to wake it.
+    watched: Option<Instant>,
+    longest_hold: Duration,
+    longest_save: Duration,
     /// Points that exist, in force or not.
     users: usize,
     /// The last of them is gone; the threads are on their way out.
@@ -104,6 +108,12 @@ impl State {
         self.held.get(id).is_none_or(|held| self.points.contains_key(&held.point))
     }
 
+    /// When a held write has to be let go, and after how long.
+    fn deadline(&self, held: &Held) -> Option<(Instant, Duration)> {
+        let timeout = self.points.get(&held.point)?.face.timeout?;
+        Some((held.since.checked_add(timeout)?, timeout))
+    }
+
     fn in_force(&self, unit: ByteRange) -> impl Iterator<Item = (u64, &Kept)> {
         let open = move |kept: &Kept| !kept.ended && kept.broken.is_none() && kept.face.is_open(unit);
         self.points.iter().filter(move |(_, kept)| open(kept)).map(|(key, kept)| (*key, kept))
@@ -119,8 +129,10 @@ pub struct CopyBeforeWrite {
     unit: Granularity,
     scratch: Scratch,
     state: Mutex<State>,
-    /// Something for a saver or for the watch, or the end.
+    /// Something for a saver, or the end.
     work: Condvar,
+    /// A write that has to be let go earlier than the watch knows of, or the end.
+    overdue: Condvar,
     /// A unit was saved or given up, or a point ended.
     pub(crate) saved: Condvar,
 }
@@ -134,6 +146,10 @@ pub struct Load {
     pub file: u64,
     /// Guest writes that are held.
     pub held: usize,
+    /// The longest that one was held until its old data was kept, since the first point of those that are there.
+    pub longest_hold: Duration,
+    /// The longest that it took to keep the old data of a unit: to read it and to write it to scratch.
+    pub longest_save: Duration,
 }
 
 impl CopyBeforeWrite {
@@ -166,6 +182,7 @@ impl CopyBeforeWrite {
             scratch,
             state: Mutex::new(state),
             work: Condvar::new(),
+            overdue: Condvar::new(),
             saved: Condvar::new(),
         });
         // In a model the threads are the model's.
@@ -232,6 +249,7 @@ impl CopyBeforeWrite {
     fn close(&self) {
         self.state().closed = true;
         self.work.notify_all();
+        self.overdue.notify_all();
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
@@ -251,7 +269,11 @@ impl CopyBeforeWrite {
     /// What it takes and holds at this moment.
     pub fn load(&self) -> Load {
         let (memory, file) = self.scratch.used();
-        Load { memory, file, held: self.state().held.len() }
+        let state = self.state();
+        // Its threads may still be on their way out when the last point is gone.
+        let longest = (state.users > 0).then_some((state.longest_hold, state.longest_save));
+        let (longest_hold, longest_save) = longest.unwrap_or_default();
+        Load { memory, file, held: state.held.len(), longest_hold, longest_save }
     }
 
     /// A point came into force.
@@ -266,6 +288,7 @@ impl CopyBeforeWrite {
         let kept = Kept { pre_cut, ledger, index, blocks, broken: None, ended: false, face: Arc::clone(&face) };
         self.state().points.insert(face.key, kept);
         self.work.notify_all();
+        self.overdue.notify_all();
     }
 
     /// A point is disarmed: whatever is held for it goes.
@@ -290,11 +313,20 @@ impl CopyBeforeWrite {
         }
         let id = state.next;
         state.next += 1;
-        state.held.insert(id, Held { point, range, since: Instant::now(), resume });
+        let held = Held { point, range, since: Instant::now(), resume };
+        // While its point is not in the books yet, nobody knows for how long it may be held.
+        let unseen = match (state.deadline(&held), state.watched) {
+            (Some((at, _)), Some(until)) => at < until,
+            _ => true,
+        };
+        state.held.insert(id, held);
         state.queue.push_back(id);
         drop(state);
-        // The watch has to know of it too.
-        self.work.notify_all();
+        // One saver for one write. To wake all that sleep for each would take the processors from the guest.
+        self.work.notify_one();
+        if unseen {
+            self.overdue.notify_all();
+        }
     }
 
     /// Blocks until there is work; `false`: until the end.
@@ -330,7 +362,12 @@ impl CopyBeforeWrite {
                 return true;
             }
         }
-        let held = self.state().held.remove(&id);
+        let mut state = self.state();
+        let held = state.held.remove(&id);
+        if let Some(held) = &held {
+            state.longest_hold = state.longest_hold.max(held.since.elapsed());
+        }
+        drop(state);
         let_go(held.into_iter().collect(), Verdict::Again);
         true
     }
@@ -352,8 +389,10 @@ impl CopyBeforeWrite {
             }
         };
         let data = &mut buffer[..unit.len() as usize];
+        let began = Instant::now();
         let result = self.read_and_keep(unit, &before, data);
         let mut state = self.state();
+        state.longest_save = state.longest_save.max(began.elapsed());
         state.saving.retain(|other| *other != unit);
         let outcome = result.and_then(|saved| {
             let after: Vec<u64> = state.in_force(unit).map(|(key, _)| key).collect();
@@ -431,12 +470,10 @@ impl CopyBeforeWrite {
     fn watch(&self) {
         let mut state = self.state();
         while !state.closed {
-            let deadline = |held: &Held| {
-                let timeout = state.points.get(&held.point)?.face.timeout?;
-                Some((held.since.checked_add(timeout)?, timeout))
-            };
-            let overdue = state.held.iter().filter_map(|(id, held)| Some((deadline(held)?, *id, held.point))).min();
+            let overdue =
+                state.held.iter().filter_map(|(id, held)| Some((state.deadline(held)?, *id, held.point))).min();
             let now = Instant::now();
+            state.watched = overdue.map(|((at, _), ..)| at);
             match overdue {
                 Some(((at, timeout), id, point)) if at <= now => {
                     drop(state);
@@ -444,20 +481,20 @@ impl CopyBeforeWrite {
                     state = self.state();
                 }
                 Some(((at, _), ..)) => state = self.wait_until(state, at - now),
-                None => state = self.work.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner()),
+                None => state = self.overdue.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner()),
             }
         }
     }
 
     #[cfg(not(any(loom, shuttle)))]
     fn wait_until<'a>(&self, state: MutexGuard<'a, State>, time: Duration) -> MutexGuard<'a, State> {
-        self.work.wait_timeout(state, time).unwrap_or_else(|poisoned| poisoned.into_inner()).0
+        self.overdue.wait_timeout(state, time).unwrap_or_else(|poisoned| poisoned.into_inner()).0
     }
 
     /// Models have no clock.
     #[cfg(any(loom, shuttle))]
     fn wait_until<'a>(&self, state: MutexGuard<'a, State>, _: Duration) -> MutexGuard<'a, State> {
-        self.work.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.overdue.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 

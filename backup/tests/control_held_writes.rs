@@ -3,8 +3,12 @@
 
 mod control_common;
 
+use blkmark_backup::point::{Point, PointOptions, Wanted};
+use blkmark_bitmap::{ByteRange, Granularity, Verdict, commit};
 use control_common::*;
 use serde_json::{Value, json};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 /// A disk full of ones with bitmap b, all of it dirty, scratch for two clusters, and target t.
 fn lab() -> Lab {
@@ -80,6 +84,43 @@ fn a_write_that_is_held_too_long_is_refused_if_the_backup_comes_first() {
     assert_eq!(finish(&lab), Value::Null);
     assert_same(&std::fs::read(lab.path("t.raw")).unwrap(), &instant);
     assert_eq!(lab.disks[0].dirty_clusters("b"), [0_u64; 0]);
+}
+
+#[test]
+fn a_shorter_limit_that_comes_later_is_kept_and_the_longest_hold_is_known() {
+    let lab = Lab::sized(&[MIB]);
+    let disk = &lab.disks[0];
+    disk.write(0, MIB, 1);
+    let begin = |seconds| {
+        let options = PointOptions { timeout: Some(Duration::from_secs(seconds)), ..PointOptions::default() };
+        let point = Point::prepare(&disk.node, Wanted::All, Granularity::new(CLUSTER).unwrap(), options).unwrap();
+        let mut begun = disk.node.tracker.begin();
+        begun.arm(point.gate());
+        point.begin(commit(vec![begun]).unwrap().remove(0).pre_cut);
+        point
+    };
+    let hold = |point: &Arc<Point>, at| {
+        let (tx, rx) = mpsc::channel();
+        point.gate().hold(ByteRange::new(at, CLUSTER), Box::new(move |verdict| tx.send(verdict).unwrap()));
+        rx
+    };
+    let (patient, hasty) = (begin(60), begin(1));
+    let hung = disk.source.hung.lock().unwrap();
+    let first = hold(&patient, 0);
+    let second = hold(&hasty, CLUSTER);
+    assert_eq!(second.recv_timeout(GIVE_UP), Ok(Verdict::Again));
+    assert!(hasty.broken().is_some() && patient.broken().is_none());
+    assert!(first.try_recv().is_err(), "let go although nothing was kept");
+    drop(hung);
+    assert_eq!(first.recv_timeout(GIVE_UP), Ok(Verdict::Again));
+    let load = disk.node.load();
+    assert!(load.longest_hold >= load.longest_save && load.longest_save >= Duration::from_millis(500), "{load:?}");
+    for point in [patient, hasty] {
+        let mut begun = disk.node.tracker.begin();
+        begun.disarm(point.gate());
+        commit(vec![begun]).unwrap();
+        point.end();
+    }
 }
 
 #[test]

@@ -67,7 +67,9 @@ fn given_up_it_is_reclaimed() {
     // All that was dirty before, and all that was written since.
     assert_eq!(lab.disks[0].dirty_clusters("b"), (0..64).collect::<Vec<u64>>());
     let scratch = lab.ok("query-named-block-nodes", json!({}))[0]["scratch"].clone();
-    assert_eq!(scratch, json!({ "memory": 0, "file": 0, "held-writes": 0 }));
+    for what in ["memory", "file", "held-writes", "longest-hold", "longest-save"] {
+        assert_eq!(scratch[what], 0, "{what}");
+    }
     assert_eq!(lab.err("job-retry", json!({ "id": "j" })), "Job not found");
 }
 

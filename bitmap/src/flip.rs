@@ -169,6 +169,8 @@ struct Part<'a> {
     in_flight: Vec<ByteRange>,
     /// A slot of its store failed, and nobody knows what is in it.
     torn: Option<StoreError>,
+    /// Its store has it, if another one decides so.
+    prepared: bool,
 }
 
 /// Everything up to the instant, and the instant. With `prepare`, what a store may refuse is asked of it first.
@@ -222,7 +224,8 @@ fn flip<'a>(commits: Vec<Commit<'a>>, prepare: bool) -> Result<(Vec<Cut>, Vec<Pa
         let mut before = std::mem::replace(&mut control.bitmaps, commit.draft);
         before.settle(cut, closed.as_ref());
         let (tracker, control, torn) = (commit.tracker, commit.control, commit.lost);
-        parts.push(Part { tracker, control, changed, before, old_gates, old_size, in_flight, torn });
+        let prepared = false;
+        parts.push(Part { tracker, control, changed, before, old_gates, old_size, in_flight, torn, prepared });
     }
     Ok((cuts, parts))
 }
@@ -285,13 +288,18 @@ fn store(parts: &mut [Part<'_>]) -> Result<(), StoreError> {
         return first.record(None, None);
     }
     let (commit, decider) = (Uuid::new_v4(), first.store_name());
-    let mut done = others.iter_mut().try_for_each(|part| part.record(Some((commit, decider.clone())), None));
+    let mut done = others.iter_mut().try_for_each(|part| {
+        part.record(Some((commit, decider.clone())), None)?;
+        part.prepared = true;
+        Ok(())
+    });
     if done.is_ok() {
         done = first.record(None, Some(commit));
     }
     if done.is_err() {
+        let unknown = first.torn.is_some();
         for part in others {
-            part.undo();
+            part.undo(unknown);
         }
         return done;
     }
@@ -344,12 +352,15 @@ impl Part<'_> {
         })
     }
 
-    /// Writes down that it did not come about.
-    fn undo(&mut self) {
-        if self.torn.is_none() {
+    /// Writes down that it did not come about, if it was written down that it may. If there is no room for that, it holds all the same:
+    /// the store that decides has not; `unknown`: nobody knows whether it has.
+    fn undo(&mut self, unknown: bool) {
+        if self.torn.is_none() && self.prepared {
             std::mem::swap(&mut self.control.bitmaps, &mut self.before);
-            if let Err(error) = self.record(None, None) {
-                self.torn = Some(error);
+            if let Err(error) = self.record(None, None)
+                && unknown
+            {
+                self.torn.get_or_insert(error);
             }
             std::mem::swap(&mut self.control.bitmaps, &mut self.before);
         }

@@ -673,7 +673,9 @@ impl World {
                 self.tracker.cool();
                 self.tracker.cool();
                 self.finish_all();
-                self.choose().iter().for_each(|op| self.command(op));
+                let free = |(name, bitmap): (&String, &Expected)| bitmap.frozen.is_none().then(|| name.clone());
+                let name = self.outcomes.borrow()[0].bitmaps.iter().find_map(free);
+                name.map(Op::Clear).iter().for_each(|op| self.command(op));
             }
             4 | 5 => {}
             _ => self.choose().iter().for_each(|op| self.command(op)),

@@ -11,6 +11,7 @@ use blkmark_bitmap::{ByteRange, Granularity, Tracker, commit};
 use medium::{Faults, Files, Random, SimMaps, SimMedium};
 use std::cell::RefCell;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use uuid::Uuid;
 
 const MIB: u64 = 1 << 20;
@@ -140,5 +141,54 @@ fn a_group_ends_on_all_disks_or_on_none() {
         let seen = LOOKING.take().unwrap().seen;
         assert_eq!((seen.first(), seen.last()), (Some(&0), Some(&3)), "{seen:?}");
         assert!(seen.is_sorted(), "what was decided was taken back: {seen:?}");
+    }
+}
+
+#[test]
+fn a_group_that_one_store_has_no_room_for_is_refused_and_costs_no_bitmap() {
+    for full in 0..NAMES.len() {
+        let disks: Disks = (NAMES.iter())
+            .map(|name| (SimMedium::named(name, Files::default(), 1, Faults::None, None), SimMaps::default()))
+            .collect();
+        let trackers: Vec<_> = disks.iter().map(|(medium, maps)| open(medium, maps)).collect();
+        for tracker in &trackers {
+            let mut begun = tracker.begin();
+            begun.draft.add("b", Granularity::DEFAULT, false).unwrap();
+            begun.draft.keep("b").unwrap();
+            commit(vec![begun]).unwrap();
+            write(tracker, FROZEN);
+        }
+        let disable = || {
+            let begun = trackers.iter().map(|tracker| {
+                let mut begun = tracker.begin();
+                begun.draft.disable("b").unwrap();
+                begun
+            });
+            commit(begun.collect())
+        };
+        disks[full].0.full.store(true, Ordering::SeqCst);
+        for _ in 0..3 {
+            let refused = disable().unwrap_err().to_string();
+            assert!(refused.contains("No space left on device"), "{refused}");
+        }
+        let good = |trackers: &[Arc<Tracker>], recording: bool, what: &str| {
+            for (at, tracker) in trackers.iter().enumerate() {
+                let info = &tracker.list()[0];
+                assert!(!info.inconsistent && info.recording == recording, "{full} is full, {what}: {at}: {info:?}");
+                assert!(tracker.bits("b").unwrap().any(FROZEN), "{full} is full, {what}: {at} lost a write");
+            }
+        };
+        good(&trackers, true, "while served");
+        let killed = disks.iter().map(|(medium, maps)| {
+            let files = medium.state.lock().unwrap().clone();
+            (SimMedium::named(&medium.name, files, 1, Faults::None, None), maps.killed())
+        });
+        let killed: Disks = killed.collect();
+        let reopened: Vec<_> = killed.iter().map(|(medium, maps)| open(medium, maps)).collect();
+        good(&reopened, true, "after a kill");
+        disks.iter().for_each(|(medium, _)| medium.make_known());
+        disks[full].0.full.store(false, Ordering::SeqCst);
+        disable().unwrap();
+        good(&trackers, false, "with room again");
     }
 }

@@ -11,6 +11,7 @@ use serde_json::{Map, Value, json};
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
 
 type Answer = Result<Value, QmpError>;
 
@@ -69,7 +70,11 @@ fn disk_info(disk: &Node) -> Value {
     // The newest first, as in QEMU.
     info.insert("dirty-bitmaps".into(), disk.tracker.list().iter().rev().map(bitmap_info).collect());
     let load = disk.load();
-    let scratch = json!({ "memory": load.memory, "file": load.file, "held-writes": load.held });
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    let scratch = json!({
+        "memory": load.memory, "file": load.file, "held-writes": load.held,
+        "longest-hold": micros(load.longest_hold), "longest-save": micros(load.longest_save),
+    });
     info.insert("scratch".into(), scratch);
     info.into()
 }

@@ -410,6 +410,10 @@ impl Keeper {
     /// Lets the slots grow to what a record of `drafts` may take, so that only a broken disk can refuse it.
     fn make_room(&mut self, drafts: &[&Draft]) -> io::Result<()> {
         let needed: u64 = 4096 + drafts.iter().map(|draft| bound(draft)).sum::<u64>();
+        self.let_slots_hold(needed)
+    }
+
+    fn let_slots_hold(&mut self, needed: u64) -> io::Result<()> {
         if needed <= self.room {
             return Ok(());
         }
@@ -537,6 +541,8 @@ impl Keeper {
 
     fn write_slots(&mut self, record: &Record) -> Result<(), Failure> {
         let bytes = record.encode();
+        // Not every record was prepared: what cooling or the end of a job writes may be larger than what was asked for.
+        self.let_slots_hold(bytes.len() as u64).map_err(|error| Failure::Before(self.error(&error)))?;
         let [first, second] = SLOTS;
         if let Err(error) = self.medium.write(first, 0, &bytes) {
             let error = self.error(&error);

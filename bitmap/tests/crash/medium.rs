@@ -135,6 +135,8 @@ pub struct SimMedium {
     pub hooked: bool,
     /// A call failed for a file without which nobody knows what is in force: a slot, or the table.
     pub hurt: AtomicBool,
+    /// There is no room for anything more.
+    pub full: AtomicBool,
 }
 
 impl SimMedium {
@@ -152,6 +154,7 @@ impl SimMedium {
             hook: hook.unwrap_or(|_| {}),
             hooked: hook.is_some(),
             hurt: AtomicBool::new(false),
+            full: AtomicBool::new(false),
         });
         NAMED.with_borrow_mut(|named| named.insert(name.to_owned(), Arc::downgrade(&medium)));
         medium
@@ -240,6 +243,9 @@ impl Medium for SimMedium {
             }
         };
         let there = state.files[&number].current.len();
+        if self.full.load(Ordering::SeqCst) && (there as u64) < len {
+            return Err(io::Error::from_raw_os_error(28));
+        }
         if self.faults == Faults::NoRoom && (there as u64) < len {
             let left = state.room.checked_sub(len - there as u64);
             state.room = left.ok_or(io::Error::from_raw_os_error(28))?;
@@ -260,6 +266,7 @@ impl Medium for SimMedium {
         let mut state = self.state.lock().unwrap();
         let number = *state.names.get(file).ok_or(io::ErrorKind::NotFound)?;
         let file = state.files.get_mut(&number).unwrap();
+        assert!(at as usize + data.len() <= file.current.len(), "a write that takes room may fail for lack of it");
         let done = match &error {
             Some(_) => {
                 // Any part of it was done, or all.

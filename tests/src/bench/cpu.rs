@@ -27,6 +27,20 @@ pub fn process_time(pid: u32) -> Result<Duration> {
     Ok(Duration::new(seconds, nanos))
 }
 
+/// Processor time of all children of this process that have ended and were waited for.
+pub fn children_time() -> Result<Duration> {
+    // SAFETY: all zeroes is a valid rusage.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the call writes one rusage to a valid place.
+    if unsafe { libc::getrusage(libc::RUSAGE_CHILDREN, &mut usage) } != 0 {
+        return Err(io::Error::last_os_error()).context("cannot read the processor time of children");
+    }
+    let time = |time: libc::timeval| {
+        Duration::from_secs(time.tv_sec.unsigned_abs()) + Duration::from_micros(time.tv_usec.unsigned_abs())
+    };
+    Ok(time(usage.ru_utime) + time(usage.ru_stime))
+}
+
 /// Time that all processors of the machine have been busy so far, all together, in steps of a clock tick; time that a
 /// hypervisor took away counts as busy, waiting for a disk does not.
 pub fn machine_time() -> Result<Duration> {

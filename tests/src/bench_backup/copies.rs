@@ -11,6 +11,7 @@ use super::median;
 use super::options::Options;
 use super::place::Place;
 use super::server::{Contender, Server};
+use crate::bench::cpu::children_time;
 use crate::tools;
 
 /// Who copies.
@@ -42,22 +43,31 @@ impl Copier {
     }
 }
 
+/// One copy.
+#[derive(Clone, Copy, Debug)]
+struct Copied {
+    /// Bytes a second.
+    rate: f64,
+    /// Processor time of the copier, in seconds a GB.
+    cpu: f64,
+}
+
 /// Copies the disk with each, round after round.
 pub fn run(options: &Options) -> Result<Value> {
     let place = Place::filled(options, options.size)?;
     // Behind a filter that nobody writes through, fleecing is the same as without.
     let servers = options.contenders.iter().filter(|who| **who != Contender::QsdFleecing);
-    let mut rows: Vec<(Copier, Vec<f64>)> =
+    let mut rows: Vec<(Copier, Vec<Copied>)> =
         servers.map(|who| Copier::Server(*who)).chain(TOOLS).map(|copier| (copier, Vec::new())).collect();
     let mut reason = None;
     for round in 0..options.rounds as usize {
         for turn in 0..rows.len() {
             let at = (turn + round) % rows.len();
-            let (copier, rates) = &mut rows[at];
+            let (copier, rounds) = &mut rows[at];
             let name = copier.name();
             eprintln!("copy: {name}, round {}", round + 1);
             match one(options, &place, *copier).with_context(|| name.clone()) {
-                Ok(rate) => rates.push(rate),
+                Ok(copied) => rounds.push(copied),
                 // A file system without direct I/O, for instance: the others are measured all the same.
                 Err(error) if matches!(copier, Copier::Tool(..)) => {
                     eprintln!("{error:#}");
@@ -67,37 +77,49 @@ pub fn run(options: &Options) -> Result<Value> {
             }
         }
     }
-    rows.retain(|(_, rates)| !rates.is_empty());
+    rows.retain(|(_, rounds)| !rounds.is_empty());
     if !options.json {
         println!("\nfull copy of {} MiB without a guest, until it is durable", options.size >> 20);
-        let qsd = rows.iter().find(|(copier, _)| *copier == Copier::Server(Contender::Qsd)).map(|(_, rates)| rates);
-        for (copier, rates) in &rows {
-            let ratio = qsd.map_or(String::new(), |qsd| {
-                let ratios = rates.iter().zip(qsd).map(|(rate, qsd)| rate / qsd);
-                format!("{:.2} x qsd", median(ratios.collect()))
-            });
-            println!("{:<18}{:>10.2} GB/s  {ratio}", copier.name(), median(rates.clone()) / 1e9);
+        let find =
+            |who: &dyn Fn(&Copier) -> bool| rows.iter().find(|(copier, _)| who(copier)).map(|(_, rounds)| rounds);
+        let qsd = find(&|copier| *copier == Copier::Server(Contender::Qsd));
+        let cp = find(&|copier| copier.name() == "cp");
+        for (copier, rounds) in &rows {
+            let of = |figure: fn(&Copied) -> f64| median(rounds.iter().map(figure).collect());
+            let (rate, cpu) = (of(|copied| copied.rate) / 1e9, of(|copied| copied.cpu));
+            let ratio = |name: &str, to: Option<&Vec<Copied>>| {
+                let ratios = to.map(|to| rounds.iter().zip(to).map(|(copied, to)| copied.rate / to.rate).collect());
+                ratios.map_or(String::new(), |ratios| format!("{:>7.2} x {name}", median(ratios)))
+            };
+            let (to_qsd, to_cp) = (ratio("qsd", qsd), ratio("cp", cp));
+            println!("{:<18}{rate:>8.2} GB/s{cpu:>8.3} s of processors a GB{to_qsd}{to_cp}", copier.name());
         }
     }
-    let cells: Vec<Value> =
-        rows.iter().map(|(copier, rates)| json!({"copier": copier.name(), "bytes_per_second": rates})).collect();
+    let figures = |rounds: &[Copied], of: fn(&Copied) -> f64| rounds.iter().map(of).collect::<Vec<f64>>();
+    let cells: Vec<Value> = rows
+        .iter()
+        .map(|(copier, rounds)| {
+            let (rates, times) = (figures(rounds, |copied| copied.rate), figures(rounds, |copied| copied.cpu));
+            json!({"copier": copier.name(), "bytes_per_second": rates, "cpu_seconds_per_gb": times})
+        })
+        .collect();
     Ok(json!({"cells": cells, "left_out": reason}))
 }
 
-fn one(options: &Options, place: &Place, copier: Copier) -> Result<f64> {
+fn one(options: &Options, place: &Place, copier: Copier) -> Result<Copied> {
     place.settle()?;
     let target = place.path("copy.raw");
-    let seconds = match copier {
+    let (seconds, cpu) = match copier {
         Copier::Server(contender) => {
             place.target("copy.raw")?;
             let mut server = Server::start(options, place, contender)?;
             server.add_target(Server::file_target(&target))?;
-            let began = Instant::now();
+            let (began, used) = (Instant::now(), server.cpu_time()?);
             server.backup(false, Duration::from_secs(3600), &mut |_| Ok(()))?;
             sync(&target)?;
-            let seconds = began.elapsed().as_secs_f64();
+            let took = (began.elapsed(), server.cpu_time()? - used);
             server.stop()?;
-            seconds
+            took
         }
         Copier::Tool(tool, arguments) => {
             let _ = std::fs::remove_file(&target);
@@ -106,15 +128,16 @@ fn one(options: &Options, place: &Place, copier: Copier) -> Result<f64> {
             for argument in arguments {
                 command.arg(argument.replace("{}", &disk).replace("[]", &target.display().to_string()));
             }
-            let began = Instant::now();
+            let (began, used) = (Instant::now(), children_time()?);
             tools::run(&mut command)?;
             sync(&target)?;
-            began.elapsed().as_secs_f64()
+            (began.elapsed(), children_time()? - used)
         }
     };
     place.assert_same(&target, 4096)?;
     std::fs::remove_file(&target)?;
-    Ok(place.size() as f64 / seconds)
+    let bytes = place.size() as f64;
+    Ok(Copied { rate: bytes / seconds.as_secs_f64(), cpu: cpu.as_secs_f64() / (bytes / 1e9) })
 }
 
 fn sync(target: &Path) -> Result<()> {

@@ -127,7 +127,8 @@ impl Log {
     }
 }
 
-fn millis(duration: Duration) -> f64 {
+/// In milliseconds.
+pub fn millis(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::guest::{self, Stretch};
+use super::guest::{self, Stretch, millis};
 use super::median;
 use super::options::{Options, Speed};
 use super::place::{Place, SlowServer};
-use super::server::{Backup, Contender, Server};
+use super::server::{Backup, Contender, Holds, Server};
 
 /// For how long the hanging target hangs, and after what.
 const HANG: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(12));
@@ -116,14 +116,27 @@ fn rate(runs: &[Run]) -> f64 {
 
 fn table(options: &Options, speed: Speed, all: &[(Contender, Vec<Run>)]) {
     println!("\n{} guest writes a second, full backup to {}; milliseconds", options.rate, name(speed));
-    println!("{:<18}{:>10}{:>10}{:>10}{:>10}{:>12}{:>12}", "", "p50", "p99", "p99.9", "max", "idle p99", "copy MB/s");
+    println!(
+        "{:<18}{:>10}{:>10}{:>10}{:>10}{:>12}{:>12}{:>12}",
+        "", "p50", "p99", "p99.9", "max", "idle p99", "idle p99.9", "copy MB/s"
+    );
     for (contender, runs) in all {
         let [p50, p99, p999, max] = medians(runs, |run| &run.busy);
-        let idle = medians(runs, |run| &run.idle)[1];
+        let [_, idle, idle9, _] = medians(runs, |run| &run.idle);
         println!(
-            "{:<18}{p50:>10.2}{p99:>10.2}{p999:>10.2}{max:>10.1}{idle:>12.2}{:>12.1}",
+            "{:<18}{p50:>10.2}{p99:>10.2}{p999:>10.2}{max:>10.1}{idle:>12.2}{idle9:>12.2}{:>12.1}",
             contender.name(),
             rate(runs)
+        );
+    }
+    for (contender, runs) in all.iter().filter(|(contender, _)| contender.is_blkmark()) {
+        let longest =
+            |of: fn(&Holds) -> Duration| millis(runs.iter().map(|run| of(&run.backup.holds)).max().unwrap_or_default());
+        println!(
+            "{}: longest hold of a write {:.2} ms, longest read of the disk with its write to scratch {:.2} ms",
+            contender.name(),
+            longest(|holds| holds.longest_hold),
+            longest(|holds| holds.longest_save),
         );
     }
     let find = |who| all.iter().find(|(contender, _)| *contender == who).map(|(_, runs)| runs);
@@ -148,6 +161,8 @@ fn to_json(contender: Contender, speed: Speed, runs: &[Run]) -> Value {
             json!({
                 "idle": run.idle.json(), "backup": run.busy.json(),
                 "bytes_per_second": run.backup.rate(), "seconds": seconds,
+                "longest_hold_ms": millis(run.backup.holds.longest_hold),
+                "longest_save_ms": millis(run.backup.holds.longest_save),
             })
         })
         .collect();

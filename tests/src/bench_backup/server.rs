@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::options::Options;
 use super::place::Place;
+use crate::bench::cpu::process_time;
 use crate::daemon::blkmark_binary;
 use crate::process::{GIVE_UP, Process};
 
@@ -63,6 +64,26 @@ pub struct Backup {
     pub ended: Instant,
     /// Bytes that it had copied by then.
     pub bytes: u64,
+    /// What blkmark said of held writes while it ran.
+    pub holds: Holds,
+}
+
+/// How long copy-before-write held writes, as far as a look every tenth of a second shows.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Holds {
+    /// The longest that a write was held.
+    pub longest_hold: Duration,
+    /// The longest that one read of the disk and one write of scratch took together.
+    pub longest_save: Duration,
+}
+
+impl Holds {
+    fn max(self, other: Self) -> Self {
+        Self {
+            longest_hold: self.longest_hold.max(other.longest_hold),
+            longest_save: self.longest_save.max(other.longest_save),
+        }
+    }
 }
 
 impl Backup {
@@ -127,6 +148,11 @@ impl Server {
         &self.socket
     }
 
+    /// Processor time used so far.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        process_time(self.process.pid())
+    }
+
     /// A command that has to succeed.
     pub fn run(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let name = self.contender.name();
@@ -179,6 +205,7 @@ impl Server {
         if let Some(latency) = self.latency {
             arguments["max-guest-latency"] = latency.into();
         }
+        let mut holds = Holds::default();
         let began = Instant::now();
         self.run("blockdev-backup", arguments)?;
         let is_end = |name: &str| matches!(name, "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED");
@@ -188,6 +215,9 @@ impl Server {
                 break Some(end);
             }
             meanwhile(began.elapsed())?;
+            if self.contender.is_blkmark() {
+                holds = holds.max(self.holds()?);
+            }
             if began.elapsed() > patience {
                 break None;
             }
@@ -200,14 +230,20 @@ impl Server {
             let end = self.qmp.wait_event(GIVE_UP * 3, |event| is_end(&event.name))?;
             end.context("the backup cannot be cancelled")?;
             self.await_null()?;
-            return Ok(Backup { began, ended, bytes });
+            return Ok(Backup { began, ended, bytes, holds });
         };
         if let Some(error) = end.data["error"].as_str() {
             bail!("{}: the backup failed: {error}\n{}", self.contender.name(), self.process.log_tail());
         }
         let bytes = end.data["offset"].as_u64().unwrap_or(0);
         self.await_null()?;
-        Ok(Backup { began, ended, bytes })
+        Ok(Backup { began, ended, bytes, holds })
+    }
+
+    fn holds(&mut self) -> Result<Holds> {
+        let nodes = self.run("query-named-block-nodes", json!({}))?;
+        let micros = |name: &str| Duration::from_micros(nodes[0]["scratch"][name].as_u64().unwrap_or(0));
+        Ok(Holds { longest_hold: micros("longest-hold"), longest_save: micros("longest-save") })
     }
 
     /// The job is gone, and what it held is free again.

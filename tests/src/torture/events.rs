@@ -212,9 +212,23 @@ impl Torture {
         }
     }
 
+    /// A backup that is cancelled, and the next one, which has to have what that one was to copy: nobody is killed in between.
+    fn cancel_and_back_up(&mut self, random: &mut Random) -> Result<()> {
+        let disk = random.below(self.served.len() as u64) as usize;
+        self.wait_for_jobs()?;
+        self.back_up(&[disk], random, &json!({ "speed": 1 << 20 }), true)?;
+        let Some(job) = self.active.iter().find(|job| job.disk == disk) else { return Ok(()) };
+        let id = job.id.clone();
+        self.listen(Duration::from_millis(random.below(50)))?;
+        self.order("job-cancel", json!({ "id": id }))?;
+        self.wait_for_jobs()?;
+        self.back_up(&[disk], random, &json!({}), false)?;
+        self.wait_for_jobs()
+    }
+
     fn disturb_a_job(&mut self, random: &mut Random) -> Result<()> {
-        if self.active.is_empty() {
-            return Ok(());
+        if random.below(2) == 0 || self.active.is_empty() {
+            return self.cancel_and_back_up(random);
         }
         let at = random.below(self.active.len() as u64) as usize;
         let id = self.active[at].id.clone();

@@ -54,7 +54,13 @@ pub(in crate::control) static NODE_INFO: Object = object(&[&[
     optional("dirty-bitmaps", Type::Array(&Type::Object(&BITMAP_INFO))),
     optional(
         "scratch",
-        Type::Object(&object(&[&[required("memory", Int), required("file", Int), required("held-writes", Int)]])),
+        Type::Object(&object(&[&[
+            required("memory", Int),
+            required("file", Int),
+            required("held-writes", Int),
+            required("longest-hold", Int),
+            required("longest-save", Int),
+        ]])),
     ),
     optional("point", Type::Object(&POINT_INFO)),
 ]]);
