@@ -34,9 +34,9 @@ pub(crate) fn place(
 ) -> Result<Option<Place>> {
     let path = match &disk.bitmaps {
         Bitmaps::Off => return Ok(None),
-        // Nothing of it outlives the process.
-        _ if disk.null.is_some() => return Ok(None),
         Bitmaps::At(path) => path.clone(),
+        // A null disk is nowhere that something could be beside.
+        Bitmaps::Beside if disk.null.is_some() => return Ok(None),
         Bitmaps::Beside => default_path(&disk.path)?,
     };
     let medium = match Directory::open(&path) {
@@ -79,8 +79,8 @@ pub(crate) fn haven(disk: &DiskOptions, file: &DiskFile, runtime: Option<&Path>,
 pub(crate) fn directory(disk: &DiskOptions) -> Option<PathBuf> {
     let path = match &disk.bitmaps {
         Bitmaps::Off => return None,
-        _ if disk.null.is_some() => return None,
         Bitmaps::At(path) => path.clone(),
+        Bitmaps::Beside if disk.null.is_some() => return None,
         Bitmaps::Beside => default_path(&disk.path).ok()?,
     };
     let parent = path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));

@@ -12,6 +12,9 @@ use std::sync::Arc;
 /// How many closed generations may pile up before they are folded.
 const FOLD_AT: usize = 8;
 
+/// Below so many bytes it does not matter what generations take.
+const FOLD_FROM: u64 = 8 << 20;
+
 /// A closed generation, and at which granularity it counts.
 pub(crate) type Closed = (Arc<LiveMap>, Granularity);
 
@@ -144,11 +147,15 @@ impl Layers {
         bits
     }
 
-    /// Folds closed generations into a new base once there are many, or if one is of another size: what a disk loses at its end must
+    /// Folds closed generations into a new base once there are many, or much memory is in them, or if one is of another size: what a disk loses at its end must
     /// not be back when it grows again. The old record stays whole until it is replaced.
     pub(crate) fn compact(&mut self) {
         let resized = |(generation, _): &Closed| generation.size() != self.size;
-        if self.closed.len() >= FOLD_AT || self.closed.iter().any(resized) {
+        // A base takes no memory where everything is dirty, generations do.
+        let weight: u64 = self.closed.iter().map(|(generation, _)| generation.weight()).sum();
+        let full = self.granularity.bits_for(self.size) / 8;
+        let heavy = self.closed.len() > 1 && weight > full.max(FOLD_FROM);
+        if self.closed.len() >= FOLD_AT || heavy || self.closed.iter().any(resized) {
             self.fold();
         }
     }

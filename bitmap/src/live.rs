@@ -4,7 +4,7 @@
 //! Orderings are relaxed throughout. What makes a mark visible to the flip is the marker's leaving of its critical
 //! section (`admission`); a reader beside live marking (a query) sees a subset that only grows.
 
-use crate::bits::{Bits, note, noted, pieces, summary_for, words_for};
+use crate::bits::{Bits, note, noted, only_piece, pieces, summary_for, words_for};
 #[cfg(not(any(loom, shuttle)))]
 use crate::store::mapping::Mapping;
 use crate::sync::{AtomicU64, Ordering};
@@ -57,6 +57,8 @@ pub struct LiveMap {
     words: Words,
     /// One bit a block of words that may hold a bit, as in [`Bits`].
     blocks: Box<[AtomicU64]>,
+    /// How many blocks are noted.
+    noted: AtomicU64,
 }
 
 #[cfg(not(any(loom, shuttle)))]
@@ -75,7 +77,8 @@ impl LiveMap {
     /// No bit set.
     pub fn new(granularity: Granularity, size: u64) -> Self {
         let words = words_for(granularity, size);
-        Self { granularity, size, words: Words::own(zeroed(words)), blocks: zeroed(summary_for(words)) }
+        let (blocks, noted) = (zeroed(summary_for(words)), AtomicU64::new(0));
+        Self { granularity, size, words: Words::own(zeroed(words)), blocks, noted }
     }
 
     /// Bytes of the words of a map.
@@ -90,7 +93,7 @@ impl LiveMap {
         let count = words_for(granularity, size);
         let first = mapping.words(at, count);
         let words = Words { first, count, _owner: Owner::Mapping(mapping) };
-        Self { granularity, size, words, blocks: zeroed(summary_for(count)) }
+        Self { granularity, size, words, blocks: zeroed(summary_for(count)), noted: AtomicU64::new(0) }
     }
 
     /// Bytes a bit stands for.
@@ -110,18 +113,32 @@ impl LiveMap {
     /// Sets every bit that `range` touches. Allocates nothing, waits for nothing.
     #[inline]
     pub fn mark(&self, range: ByteRange) {
-        for (index, mask) in pieces(self.clamp(range)) {
-            let word = &self.words[index];
-            // Test before setting: a write to a block that is dirty already must not take the cache line away from
-            // the other threads.
-            if word.load(Ordering::Relaxed) & mask != mask {
-                word.fetch_or(mask, Ordering::Relaxed);
-                // Who finds the bit set need not look here: whoever set it does, before it leaves its section.
-                let (at, block) = note(index);
-                if self.blocks[at].load(Ordering::Relaxed) & block == 0 {
-                    self.blocks[at].fetch_or(block, Ordering::Relaxed);
-                }
-            }
+        let bits = self.clamp(range);
+        // Most writes touch a granule or two.
+        match only_piece(&bits) {
+            Some((index, mask)) => self.mark_word(index, mask),
+            None => pieces(bits).for_each(|(index, mask)| self.mark_word(index, mask)),
+        }
+    }
+
+    #[inline]
+    fn mark_word(&self, index: usize, mask: u64) {
+        let word = &self.words[index];
+        // Test before setting: a write to a block that is dirty already must not take the cache line away from
+        // the other threads.
+        if word.load(Ordering::Relaxed) & mask != mask {
+            self.mark_new(index, mask);
+        }
+    }
+
+    fn mark_new(&self, index: usize, mask: u64) {
+        self.words[index].fetch_or(mask, Ordering::Relaxed);
+        // Who finds the bit set need not look here: whoever set it does, before it leaves its section.
+        let (at, block) = note(index);
+        if self.blocks[at].load(Ordering::Relaxed) & block == 0
+            && self.blocks[at].fetch_or(block, Ordering::Relaxed) & block == 0
+        {
+            self.noted.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -137,15 +154,20 @@ impl LiveMap {
         pieces(self.clamp(range)).all(|(word, mask)| self.words[word].load(Ordering::Relaxed) & mask == mask)
     }
 
+    /// Bytes of memory that its bits take, about.
+    pub(crate) fn weight(&self) -> u64 {
+        self.noted.load(Ordering::Relaxed) * 512
+    }
+
     /// A plain copy at the map's own granularity. Only what was marked is looked at, and takes memory in the copy.
     pub fn to_bits(&self) -> Bits {
         let mut bits = Bits::new(self.granularity, self.size);
+        let mut block = Vec::with_capacity(64);
         for (at, summary) in self.blocks.iter().enumerate() {
-            for word in noted(at, summary.load(Ordering::Relaxed), self.words.len()).flatten() {
-                let mask = self.words[word].load(Ordering::Relaxed);
-                if mask != 0 {
-                    bits.set_in_word(word, mask);
-                }
+            for words in noted(at, summary.load(Ordering::Relaxed), self.words.len()) {
+                block.clear();
+                block.extend(self.words[words.clone()].iter().map(|word| word.load(Ordering::Relaxed)));
+                bits.add_block(words.start, &block);
             }
         }
         bits

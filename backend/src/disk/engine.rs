@@ -4,6 +4,7 @@
 //! Knows nothing of requests: an operation has a token, a completion has the token and the kernel's result. The owner
 //! keeps the memory that an operation points to alive and in place until its completion has come.
 
+use super::enter::Entrance;
 use super::file::{DiskFile, Medium};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::io;
@@ -79,6 +80,8 @@ pub enum EngineError {
 
 /// A ring onto one disk. Made and used by one thread.
 pub struct Engine {
+    // Before the ring, which has to be open when this is dropped.
+    entrance: Entrance,
     ring: IoUring,
     disk: Arc<DiskFile>,
     /// Entries were pushed that the kernel has not been told of.
@@ -102,7 +105,8 @@ impl Engine {
         let ring = modern.or_else(|_| IoUring::builder().setup_cqsize(entries * 2).setup_clamp().build(entries));
         let ring = ring.map_err(EngineError::Setup)?;
         ring.submitter().register_files(&[disk.as_fd().as_raw_fd()]).map_err(EngineError::Register)?;
-        Ok(Self { ring, disk: Arc::clone(disk), pushed: false })
+        let entrance = Entrance::new(ring.as_raw_fd(), ring.params().is_feature_no_iowait());
+        Ok(Self { entrance, ring, disk: Arc::clone(disk), pushed: false })
     }
 
     fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
@@ -113,7 +117,7 @@ impl Engine {
                 return Ok(());
             }
             // The ring is full: hand it over and try again.
-            self.enter(0)?;
+            self.enter(0, false)?;
         }
     }
 
@@ -141,16 +145,17 @@ impl Engine {
         self.push(&entry.user_data(token))
     }
 
-    /// Hands everything over and waits for at least `want` completions. Returns early, without error, on a signal.
-    pub fn wait(&mut self, want: usize) -> io::Result<()> {
-        self.enter(want)
+    /// Hands everything over and waits for at least `want` completions. Returns early, without error, on a signal. `idle`: no
+    /// operation is under way, so that the wait is for somebody to want one.
+    pub fn wait(&mut self, want: u32, idle: bool) -> io::Result<()> {
+        self.enter(want, idle)
     }
 
     /// Hands over what was queued, and lets the kernel make the completions that are due. No system call if there is
     /// neither.
     #[inline]
     pub fn flush(&mut self) -> io::Result<()> {
-        if self.pushed || self.due() { self.enter(0) } else { Ok(()) }
+        if self.pushed || self.due() { self.enter(0, false) } else { Ok(()) }
     }
 
     /// Whether there are completions to take, or to be made by [`Engine::flush`]. Costs two loads.
@@ -164,10 +169,13 @@ impl Engine {
         self.ring.submission().taskrun()
     }
 
-    fn enter(&mut self, want: usize) -> io::Result<()> {
+    fn enter(&mut self, want: u32, idle: bool) -> io::Result<()> {
         self.pushed = false;
-        match self.ring.submit_and_wait(want) {
-            Ok(_) => Ok(()),
+        let queue = self.ring.submission();
+        let (submit, events) = (queue.len() as u32, queue.taskrun() || queue.cq_overflow());
+        drop(queue);
+        match self.entrance.enter(submit, want, events, idle) {
+            Ok(()) => Ok(()),
             // A signal; or more completions wait than the kernel likes, and the caller is about to take them.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {
                 self.pushed = !self.ring.submission().is_empty();

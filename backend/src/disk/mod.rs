@@ -4,6 +4,7 @@
 //! [`Engine`] is one queue thread's ring onto it.
 
 mod engine;
+mod enter;
 mod file;
 mod identity;
 

@@ -176,7 +176,7 @@ impl QueueThread {
             self.ring.forgo_kicks();
             return self.engine.flush();
         }
-        self.engine.wait(1)?;
+        self.engine.wait(1, self.table.in_flight() == 0)?;
         if takes {
             self.ring.forgo_kicks();
         }

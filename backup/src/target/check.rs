@@ -7,11 +7,15 @@
 
 use super::bytes::Bytes;
 use super::header::Header;
-use super::qcow2::{COPIED, Counts, Entry, OFFSET, read_table};
+use super::qcow2::{COMPRESSED, COPIED, Counts, Entry, OFFSET, read_table};
 use std::io;
 
 /// 16 TiB in clusters of 64 KiB, and half a gigabyte to remember them (if all are touched).
 const MAX_CLUSTERS: u64 = 1 << 28;
+
+/// Bits that have to be clear: of an entry of the L1 table, and of one of an L2 table that is not compressed.
+const RESERVED_L1: u64 = 0x7f00_0000_0000_01ff;
+const RESERVED_L2: u64 = 0x3f00_0000_0000_01fe;
 
 /// In the table of uses: the cluster belongs to one owner alone. The other bits count compressed users.
 const EXCLUSIVE: u16 = 0x8000;
@@ -75,6 +79,9 @@ fn check_all(bytes: &Bytes, header: &Header, counted: bool) -> Result<Usage, Fau
         check.own(*entry, 1, "refcount block")?;
     }
     for entry in read_table(bytes, header.l1_offset, header.l1_entries)? {
+        if entry & RESERVED_L1 != 0 {
+            return damaged(format!("An entry of the L1 table has bits that are reserved: {entry:#x}"));
+        }
         if entry & OFFSET != 0 {
             check.in_place(entry, "L2 table")?;
             for entry in read_table(bytes, entry & OFFSET, cluster_size / 8)? {
@@ -126,6 +133,9 @@ impl Check<'_> {
     }
 
     fn data(&mut self, entry: u64) -> Result<(), Fault> {
+        if entry & COMPRESSED == 0 && entry & RESERVED_L2 != 0 {
+            return damaged(format!("An entry of an L2 table has bits that are reserved: {entry:#x}"));
+        }
         let packed = match Entry::decode(entry, self.header.geometry) {
             Entry::Unmapped | Entry::Zero(None) => return Ok(()),
             Entry::Zero(Some(_)) | Entry::Plain(_) => return self.in_place(entry, "data cluster"),

@@ -253,13 +253,17 @@ impl Heat {
 impl Gate for Heat {
     #[inline]
     fn admits(&self, range: ByteRange) -> bool {
-        let Some(extents) = extents(range) else { return true };
+        if range.is_empty() {
+            return true;
+        }
+        let (first, last) = (range.start() / EXTENT, (range.end() - 1) / EXTENT);
         // Past the end there is nothing: a disk does not grow beyond its table.
         let hot = |extent: u64| {
             let word = self.hot.get((extent / 64) as usize);
             word.is_none_or(|word| word.load(Ordering::Relaxed) >> (extent % 64) & 1 != 0)
         };
-        extents.into_iter().all(hot)
+        // Extents are large: few writes touch two.
+        hot(first) && (first == last || (first + 1..=last).all(hot))
     }
 
     fn hold(&self, range: ByteRange, resume: Resume) {

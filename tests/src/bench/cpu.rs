@@ -1,4 +1,4 @@
-//! Processor time and processor affinity: what the benchmark asks of the kernel.
+//! Processor time, memory and processor affinity: what the benchmark asks of the kernel.
 
 use std::io;
 use std::time::Duration;
@@ -25,6 +25,13 @@ pub fn process_time(pid: u32) -> Result<Duration> {
         bail!("the server's processor clock runs backwards");
     };
     Ok(Duration::new(seconds, nanos))
+}
+
+/// Bytes of memory that a process shares with nobody; what it maps of a guest's it shares with the guest.
+pub fn private_memory(pid: u32) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).context("cannot read the server's maps")?;
+    let kib = |line: &str| line.strip_prefix("Private_")?.split_whitespace().nth(1)?.parse::<u64>().ok();
+    Ok(text.lines().filter_map(kib).sum::<u64>() << 10)
 }
 
 /// Processor time of all children of this process that have ended and were waited for.

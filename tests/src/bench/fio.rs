@@ -11,7 +11,7 @@ use blkmark::frontend::Histogram;
 use serde_json::Value;
 
 use super::cell::{Cell, Pattern};
-use super::cpu::{machine_time, process_time};
+use super::cpu::{machine_time, private_memory, process_time};
 use super::load::Sample;
 use super::options::Options;
 use super::target::Target;
@@ -37,7 +37,7 @@ pub fn run(options: &Options, target: &Target, cell: &Cell) -> Result<Sample> {
         .args(["--name=bench", "--ioengine=io_uring", "--thread", "--group_reporting", "--time_based", "--norandommap"])
         .args(["--output-format=json+", "--allow_mounted_write=0", "--eta=never"])
         .arg(format!("--output={}", report.display()))
-        .arg(format!("--filename={}", target.path().display().to_string().replace(':', "\\:")))
+        .arg(format!("--filename={}", target.path(0).display().to_string().replace(':', "\\:")))
         .arg(format!("--direct={}", u8::from(options.direct())))
         .arg(format!("--rw={rw}"))
         .arg(format!("--bs={}", cell.block))
@@ -58,6 +58,7 @@ pub fn run(options: &Options, target: &Target, cell: &Cell) -> Result<Sample> {
     let before = now();
     std::thread::sleep(measure);
     let after = now();
+    let server_bytes = private_memory(process.pid())?;
     let status = process.wait(GIVE_UP)?;
     if !status.success() {
         bail!("fio ended with {status}; it said:\n{}", process.log());
@@ -82,6 +83,7 @@ pub fn run(options: &Options, target: &Target, cell: &Cell) -> Result<Sample> {
         latency: latency(&job["clat_ns"]["bins"])?,
         server_us: used.as_secs_f64() * 1e6 / (iops * seconds),
         guest_us: 0.0,
+        server_bytes,
         others_percent: machine.saturating_sub(used + own).as_secs_f64() / (seconds * processors) * 100.0,
     })
 }

@@ -1,5 +1,6 @@
 //! The load: a thread a queue keeps the cell's depth in flight through the embedded front end and counts.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
@@ -28,14 +29,20 @@ pub struct Sample {
     pub guest_us: f64,
     /// Share of all processors, in percent, that neither the server nor this program used, but somebody else.
     pub others_percent: f64,
+    /// Memory of the server, in bytes, at the end of the load.
+    pub server_bytes: u64,
 }
 
 const WARM_UP: u8 = 0;
 const MEASURE: u8 = 1;
 const STOP: u8 = 2;
 
-/// The guest that a cell's load needs.
-fn connect(options: &Options, target: &Target, cell: &Cell, server: &Server) -> Result<Guest> {
+/// The guests that a cell's load needs, one a disk.
+fn connect(options: &Options, target: &Target, cell: &Cell, server: &Server) -> Result<Vec<Guest>> {
+    (0..target.disks()).map(|disk| connect_one(options, target, cell, &server.socket(disk))).collect()
+}
+
+fn connect_one(options: &Options, target: &Target, cell: &Cell, socket: &Path) -> Result<Guest> {
     let descriptors = if options.no_indirect { cell.depth * 3 } else { cell.depth };
     let guest_options = GuestOptions {
         queues: cell.queues,
@@ -45,7 +52,7 @@ fn connect(options: &Options, target: &Target, cell: &Cell, server: &Server) -> 
         indirect: !options.no_indirect,
         ..GuestOptions::default()
     };
-    let guest = Guest::connect(&server.socket(), guest_options)?;
+    let guest = Guest::connect(socket, guest_options)?;
     let disk = guest.config().size();
     if disk < target.size() {
         bail!("the server shows a disk of {disk} bytes instead of {}", target.size());
@@ -61,29 +68,29 @@ pub(super) fn run_requests(
     server: &Server,
     requests: u64,
 ) -> Result<()> {
-    let mut guest = connect(options, target, cell, server)?;
+    let mut guests = connect(options, target, cell, server)?;
     let phase = AtomicU8::new(WARM_UP);
-    for queue in guest.take_queues() {
-        let mut worker = Worker::new(options, target, cell, queue)?;
+    for (index, queue) in guests.iter_mut().flat_map(Guest::take_queues).enumerate() {
+        let mut worker = Worker::new(options, target, cell, index, queue)?;
         worker.most = Some(requests);
+        worker.in_step = true;
         worker.run(&phase)?;
     }
-    guest.close().context("after the load")?;
-    Ok(())
+    guests.into_iter().try_for_each(|guest| guest.close().map(drop)).context("after the load")
 }
 
 /// Runs the cell's load against the server.
 pub fn run(options: &Options, target: &Target, cell: &Cell, server: &mut Server) -> Result<Sample> {
-    let mut guest = connect(options, target, cell, server)?;
+    let mut guests = connect(options, target, cell, server)?;
     let phase = AtomicU8::new(WARM_UP);
-    let queues = guest.take_queues();
-    let mut measured = None;
+    let queues: Vec<Queue> = guests.iter_mut().flat_map(Guest::take_queues).collect();
+    let (mut measured, mut memory) = (None, 0);
     let result = std::thread::scope(|scope| -> Result<Tally> {
         let mut threads = Vec::new();
-        for queue in queues {
+        for (index, queue) in queues.into_iter().enumerate() {
             let phase = &phase;
             threads.push(scope.spawn(move || {
-                let done = Worker::new(options, target, cell, queue).and_then(|mut worker| worker.run(phase));
+                let done = Worker::new(options, target, cell, index, queue).and_then(|mut worker| worker.run(phase));
                 if done.is_err() {
                     // The others need not go on.
                     phase.store(STOP, Ordering::Relaxed);
@@ -97,6 +104,7 @@ pub fn run(options: &Options, target: &Target, cell: &Cell, server: &mut Server)
         let _ = phase.compare_exchange(WARM_UP, MEASURE, Ordering::Relaxed, Ordering::Relaxed);
         std::thread::sleep(Duration::from_secs_f64(options.seconds()));
         let after = now();
+        memory = server.memory()?;
         phase.store(STOP, Ordering::Relaxed);
         measured = Some((before, after));
         let mut tally = Tally::default();
@@ -109,7 +117,7 @@ pub fn run(options: &Options, target: &Target, cell: &Cell, server: &mut Server)
         Ok(tally)
     });
     let tally = result?;
-    guest.close().context("after the load")?;
+    guests.into_iter().try_for_each(|guest| guest.close().map(drop)).context("after the load")?;
     let Some((before, after)) = measured else { bail!("nothing was measured") };
     let seconds = after.0.duration_since(before.0).as_secs_f64();
     let server_time = after.1?.saturating_sub(before.1?);
@@ -129,6 +137,7 @@ pub fn run(options: &Options, target: &Target, cell: &Cell, server: &mut Server)
         server_us: each(server_time),
         guest_us: each(guest_time),
         others_percent: others / (seconds * processors) * 100.0,
+        server_bytes: memory,
     })
 }
 
@@ -155,10 +164,13 @@ struct Worker<'a> {
     pin: Option<super::cpu::Cpus>,
     /// Ends after so many requests, if that is set.
     most: Option<u64>,
+    /// Nothing is submitted before all is answered, so that each batch is as large as the depth, however busy the machine is.
+    in_step: bool,
 }
 
 impl<'a> Worker<'a> {
-    fn new(options: &Options, target: &Target, cell: &'a Cell, queue: Queue) -> Result<Self> {
+    /// The one with this number among all of all disks.
+    fn new(options: &Options, target: &Target, cell: &'a Cell, number: usize, queue: Queue) -> Result<Self> {
         let index = queue.index() as u64;
         let all = target.size() / cell.block as u64;
         // Sequential streams each have a part of the disk; random ones meet anywhere.
@@ -181,9 +193,10 @@ impl<'a> Worker<'a> {
             first,
             blocks,
             position: 0,
-            random: 0x2545_f491_4f6c_dd1d ^ (index << 32),
-            pin: options.pin.as_ref().map(|pin| pin.guest.one(queue.index())),
+            random: 0x2545_f491_4f6c_dd1d ^ ((number as u64) << 32),
+            pin: options.pin.as_ref().map(|pin| pin.guest.one(number)),
             most: None,
+            in_step: false,
             queue,
         })
     }
@@ -214,6 +227,7 @@ impl<'a> Worker<'a> {
         let mut tally = Tally::default();
         let mut left = self.most.unwrap_or(u64::MAX);
         let mut done: Vec<Completion> = Vec::with_capacity(self.cell.depth);
+        let mut next = Vec::with_capacity(self.cell.depth);
         for slot in 0..self.cell.depth as u64 {
             self.submit(slot)?;
         }
@@ -233,8 +247,11 @@ impl<'a> Worker<'a> {
                 }
                 left = left.saturating_sub(1);
                 if now != STOP && left > 0 {
-                    self.submit(completion.token)?;
+                    next.push(completion.token);
                 }
+            }
+            if !self.in_step || self.queue.in_flight() == 0 {
+                next.drain(..).try_for_each(|token| self.submit(token))?;
             }
             self.queue.kick()?;
         }

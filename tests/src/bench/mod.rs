@@ -54,7 +54,7 @@ fn run_cell(options: &Options, target: &Target, cell: &Cell, contenders: &[Conte
                 eprint!("\r\x1b[K{} round {} {contender}", cell.name(), round + 1);
             }
             let sample = run_calmly(options, target, cell, contender)
-                .with_context(|| format!("{} with {contender} on {}", cell.name(), target.path().display()))?;
+                .with_context(|| format!("{} with {contender} on {}", cell.name(), target.name()))?;
             rows[at].samples.push(sample);
         }
     }

@@ -8,7 +8,7 @@ use clap::{Parser, ValueEnum};
 
 use super::cell::{self, Cell};
 use super::cpu::Pin;
-use super::server::{Aio, Contender, Program};
+use super::server::{Aio, Bitmaps, Contender, Program};
 use super::target::Place;
 use crate::daemon::blkmark_binary;
 
@@ -37,9 +37,15 @@ pub struct Options {
     /// Agree that the content of --file is lost
     #[arg(long)]
     pub overwrite: bool,
-    /// Size of the disk, as 512M or 1G; of a larger --file only so much is used
+    /// Size of each disk, as 512M, 1G or 1T; of a larger --file only so much is used
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = parse_size)]
     pub size: u64,
+    /// So many disks, each under the whole load, served by one process
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    disks: u16,
+    /// Disks of --dir are sparse and empty, anew for each run: what it costs to write where nobody wrote before
+    #[arg(long)]
+    pub sparse: bool,
     /// Seconds to measure each run [default: 2, with --quick 1]
     #[arg(long, value_name = "S", value_parser = parse_seconds)]
     seconds: Option<f64>,
@@ -70,13 +76,13 @@ pub struct Options {
     /// Print one JSON document instead of tables
     #[arg(long)]
     pub json: bool,
-    /// Which servers to run, and fio, which needs none [default: qsd,blkmark, with --before blkmark]
+    /// Which servers to run, and fio, which needs none; ratios are to the first [default: qsd,blkmark, with --before blkmark]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     servers: Vec<Program>,
-    /// Numbers of bitmaps to run blkmark with
-    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "0,1,64")]
-    bitmaps: Vec<u32>,
-    /// Numbers of bitmaps to run qemu-storage-daemon with; the first is the baseline of the ratios
+    /// Numbers of bitmaps to run blkmark with; they are persistent, those of `1t` are in memory alone
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "0,1t,1,64")]
+    bitmaps: Vec<Bitmaps>,
+    /// Numbers of bitmaps to run qemu-storage-daemon with
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "0,1")]
     qsd_bitmaps: Vec<u32>,
     /// How qemu-storage-daemon does its I/O (several: each is a contender) [default: native with --direct on, else
@@ -95,9 +101,9 @@ pub struct Options {
     /// The fio to run (with `--servers fio`)
     #[arg(long, value_name = "PATH", default_value = "fio")]
     pub fio: PathBuf,
-    /// Bitmaps of blkmark that survive (`"persistent": true`), instead of ones in memory alone
+    /// Bitmaps of blkmark are in memory alone (`"persistent": false`)
     #[arg(long)]
-    pub persistent: bool,
+    no_persistence: bool,
     /// Count blkmark's instructions a request under callgrind instead of taking times
     #[arg(long)]
     pub instructions: bool,
@@ -125,6 +131,11 @@ impl Options {
         self.direct == Switch::On
     }
 
+    /// Disks.
+    pub fn disks(&self) -> usize {
+        usize::from(self.disks)
+    }
+
     /// The cells to run.
     pub fn cells(&self) -> Result<Vec<Cell>> {
         cell::select(self.quick, &self.only)
@@ -145,6 +156,9 @@ impl Options {
         if self.null {
             places.push(Place::Null);
         }
+        if !self.file.is_empty() && (self.disks > 1 || self.sparse) {
+            bail!("--disks and --sparse make disks of their own, and have nothing to do with --file");
+        }
         if places.is_empty() {
             places.push(Place::Dir(std::env::temp_dir()));
         }
@@ -158,7 +172,7 @@ impl Options {
         let servers = if self.servers.is_empty() { default } else { &self.servers };
         if self.before.is_some() {
             self.blkmark(true)?;
-            contenders.extend(self.bitmaps.iter().map(|&bitmaps| Contender::Blkmark { other: true, bitmaps }));
+            contenders.extend(self.blkmark_contenders(true));
         }
         let aios = match (self.qsd_aio.as_slice(), self.direct()) {
             ([], true) => vec![Aio::Native],
@@ -169,23 +183,30 @@ impl Options {
             }
             (list, false) => list.to_vec(),
         };
-        if servers.contains(&Program::Qsd) {
-            for &aio in &aios {
-                contenders.extend(self.qsd_bitmaps.iter().map(|&bitmaps| Contender::Qsd { aio, bitmaps }));
+        for server in servers {
+            match server {
+                Program::Qsd => {
+                    for &aio in &aios {
+                        contenders.extend(self.qsd_bitmaps.iter().map(|&bitmaps| Contender::Qsd { aio, bitmaps }));
+                    }
+                }
+                Program::Fio if self.null || self.disks > 1 => bail!("fio has nothing to do with --null or --disks"),
+                Program::Fio => contenders.push(Contender::Fio),
+                Program::Blkmark => {
+                    self.build_blkmark()?;
+                    self.blkmark(false)?;
+                    contenders.extend(self.blkmark_contenders(false));
+                }
             }
-        }
-        if servers.contains(&Program::Fio) {
-            if self.null {
-                bail!("fio has nothing to do with --null");
-            }
-            contenders.push(Contender::Fio);
-        }
-        if servers.contains(&Program::Blkmark) {
-            self.build_blkmark()?;
-            self.blkmark(false)?;
-            contenders.extend(self.bitmaps.iter().map(|&bitmaps| Contender::Blkmark { other: false, bitmaps }));
         }
         Ok(contenders)
+    }
+
+    fn blkmark_contenders(&self, other: bool) -> impl Iterator<Item = Contender> + '_ {
+        self.bitmaps.iter().map(move |&Bitmaps { count, persistent }| {
+            let persistent = persistent && !self.no_persistence;
+            Contender::Blkmark { other, bitmaps: Bitmaps { count, persistent } }
+        })
     }
 
     /// Under `cargo run` the blkmark beside this program may be missing or stale: cargo builds only the package that it
@@ -225,13 +246,14 @@ fn parse_size(text: &str) -> Result<u64> {
         Some((at, 'k' | 'K')) => (&text[..at], 10),
         Some((at, 'm' | 'M')) => (&text[..at], 20),
         Some((at, 'g' | 'G')) => (&text[..at], 30),
+        Some((at, 't' | 'T')) => (&text[..at], 40),
         _ => (text, 0),
     };
     let bytes = number
         .parse::<u64>()
         .ok()
         .and_then(|n| n.checked_mul(1 << shift))
-        .with_context(|| format!("`{text}` is no size: give bytes, or a number with K, M or G"))?;
+        .with_context(|| format!("`{text}` is no size: give bytes, or a number with K, M, G or T"))?;
     if bytes == 0 || !bytes.is_multiple_of(1 << 20) {
         bail!("a size in whole MiB is needed");
     }
@@ -257,7 +279,8 @@ mod tests {
     fn wrong_arguments_are_named() {
         for (args, say) in [
             (&["--size", "12"][..], "whole MiB"),
-            (&["--size", "1T"], "`1T` is no size"),
+            (&["--size", "1P"], "`1P` is no size"),
+            (&["--bitmaps", "1p"], "`1p` is no number of bitmaps"),
             (&["--size", "99999999999G"], "is no size"),
             (&["--seconds", "0"], "seconds from"),
             (&["--rounds", "0"], "0 is not in 1..=1000"),
@@ -280,8 +303,22 @@ mod tests {
 
     #[test]
     fn the_baseline_comes_first() {
-        let options = parse(&["--servers", "qsd", "--qsd-aio", "io_uring,threads"]).unwrap();
-        let names: Vec<String> = options.contenders().unwrap().iter().map(ToString::to_string).collect();
-        assert_eq!(names, ["qsd-io_uring/0", "qsd-io_uring/1", "qsd-threads/0", "qsd-threads/1"]);
+        let names = |args: &[&str]| -> Vec<String> {
+            parse(args).unwrap().contenders().unwrap().iter().map(ToString::to_string).collect()
+        };
+        let all = names(&["--servers", "qsd", "--qsd-aio", "io_uring,threads"]);
+        assert_eq!(all, ["qsd-io_uring/0", "qsd-io_uring/1t", "qsd-threads/0", "qsd-threads/1t"]);
+        assert_eq!(names(&["--servers", "qsd,fio", "--qsd-bitmaps", "0"]), ["qsd-native/0", "fio/0"]);
+        assert_eq!(names(&["--servers", "fio,qsd", "--qsd-bitmaps", "0"]), ["fio/0", "qsd-native/0"]);
+    }
+
+    #[test]
+    fn bitmaps_are_persistent_unless_said_otherwise() {
+        let names = |args: &[&str]| -> Vec<String> {
+            parse(args).unwrap().blkmark_contenders(false).map(|contender| contender.to_string()).collect()
+        };
+        assert_eq!(names(&[]), ["blkmark/0", "blkmark/1t", "blkmark/1", "blkmark/64"]);
+        assert_eq!(names(&["--bitmaps", "8,8t"]), ["blkmark/8", "blkmark/8t"]);
+        assert_eq!(names(&["--bitmaps", "8", "--no-persistence"]), ["blkmark/8t"]);
     }
 }

@@ -33,7 +33,7 @@ pub struct CellReport {
 /// A figure of a sample, with its name.
 type Figure = (&'static str, fn(&Sample) -> f64);
 
-const FIGURES: [Figure; 9] = [
+const FIGURES: [Figure; 10] = [
     ("iops", |s| s.iops),
     ("mib_per_second", |s| s.bytes_per_second / f64::from(1 << 20)),
     ("p50_us", |s| s.latency.percentile(50.0).as_secs_f64() * 1e6),
@@ -43,12 +43,14 @@ const FIGURES: [Figure; 9] = [
     ("server_cpu_us", |s| s.server_us),
     ("guest_cpu_us", |s| s.guest_us),
     ("others_percent", |s| s.others_percent),
+    ("server_mib", |s| s.server_bytes as f64 / f64::from(1 << 20)),
 ];
 const IOPS: usize = 0;
 const P50: usize = 2;
 const P99: usize = 3;
 const SERVER_CPU: usize = 6;
 const OTHERS: usize = 8;
+const MEMORY: usize = 9;
 
 /// From this share of the processors on, others have a say in IOPS and latency.
 const NOISY_PERCENT: f64 = 5.0;
@@ -92,7 +94,7 @@ pub fn tables(reports: &[CellReport]) -> String {
         let _ = writeln!(out, "\n{} on {}", report.cell.name(), report.target);
         let _ = writeln!(
             out,
-            "  {:<14} {:>7} {:>9} {:>8} {:>8} {:>8} {:>8} {:>9} {:>8} {:>8} {:>6}   {:>5} {:>13} {:>5} {:>5} {:>5}",
+            "  {:<14} {:>7} {:>9} {:>8} {:>8} {:>8} {:>8} {:>9} {:>8} {:>8} {:>6} {:>6}   {:>5} {:>13} {:>5} {:>5} {:>5}",
             "server",
             "bitmaps",
             "IOPS",
@@ -103,6 +105,7 @@ pub fn tables(reports: &[CellReport]) -> String {
             "max us",
             "CPU/IO",
             "guest",
+            "memory",
             "others",
             "IOPS",
             "least..most",
@@ -114,9 +117,9 @@ pub fn tables(reports: &[CellReport]) -> String {
             let f: Vec<f64> = (0..FIGURES.len()).map(|figure| row.median(figure)).collect();
             let _ = write!(
                 out,
-                "  {:<14} {:>7} {:>9.0} {:>8.0} {:>8.1} {:>8.1} {:>8.1} {:>9.0} {:>8.2} {:>8.2} {:>5.0}%",
+                "  {:<14} {:>7} {:>9.0} {:>8.0} {:>8.1} {:>8.1} {:>8.1} {:>9.0} {:>8.2} {:>8.2} {:>6.1} {:>5.0}%",
                 row.contender.program(),
-                row.contender.bitmaps(),
+                row.contender.bitmaps().to_string(),
                 f[0],
                 f[1],
                 f[2],
@@ -125,6 +128,7 @@ pub fn tables(reports: &[CellReport]) -> String {
                 f[5],
                 f[6],
                 f[7],
+                f[MEMORY],
                 f[OTHERS]
             );
             let mut spread = row.ratios(baseline, IOPS);
@@ -207,7 +211,8 @@ pub fn json(options: &Options, reports: &[CellReport]) -> Value {
                         row.samples.iter().map(|sample| figures(&|figure| FIGURES[figure].1(sample))).collect();
                     json!({
                         "server": row.contender.program(),
-                        "bitmaps": row.contender.bitmaps(),
+                        "bitmaps": row.contender.bitmaps().count,
+                        "persistent": row.contender.bitmaps().persistent,
                         "median": figures(&|figure| row.median(figure)),
                         "ratio": figures(&|figure| row.ratio(base, figure)),
                         "rounds": rounds,
@@ -228,6 +233,7 @@ pub fn json(options: &Options, reports: &[CellReport]) -> Value {
         "direct": options.direct(),
         "seconds": options.seconds(),
         "rounds": options.rounds(),
+        "disks": options.disks(),
         "size": options.size,
         "processors": std::thread::available_parallelism().map(usize::from).unwrap_or(0),
         "cells": cells,
@@ -238,16 +244,28 @@ pub fn json(options: &Options, reports: &[CellReport]) -> Value {
 mod tests {
     use super::*;
     use crate::bench::cell::Pattern;
+    use crate::bench::server::Bitmaps;
     use blkmark::frontend::Histogram;
 
     fn sample(iops: f64, server_us: f64) -> Sample {
         let mut latency = Histogram::default();
         latency.record(std::time::Duration::from_micros(100));
-        Sample { iops, bytes_per_second: iops * 4096.0, latency, server_us, guest_us: 1.0, others_percent: 0.0 }
+        Sample {
+            iops,
+            bytes_per_second: iops * 4096.0,
+            latency,
+            server_us,
+            guest_us: 1.0,
+            others_percent: 0.0,
+            server_bytes: 0,
+        }
     }
 
     fn report() -> CellReport {
-        let row = |bitmaps, samples| Row { contender: Contender::Blkmark { other: false, bitmaps }, samples };
+        let row = |bitmaps, samples| Row {
+            contender: Contender::Blkmark { other: false, bitmaps: Bitmaps { count: bitmaps, persistent: true } },
+            samples,
+        };
         CellReport {
             target: "disk".into(),
             cell: Cell { pattern: Pattern::RandRead, block: 4096, depth: 1, queues: 1 },

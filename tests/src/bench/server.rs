@@ -5,15 +5,16 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use blkmark_backup::qmp::Client;
 use clap::ValueEnum;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::cell::Cell;
-use super::cpu::process_time;
+use super::cpu::{private_memory, process_time};
 use super::instructions::Callgrind;
 use super::options::Options;
 use super::target::Target;
@@ -52,6 +53,32 @@ impl Aio {
     }
 }
 
+/// How many bitmaps, as `64` on the command line, or `64t` for ones in memory alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bitmaps {
+    /// Their number, on each disk.
+    pub count: u32,
+    /// Whether they survive.
+    pub persistent: bool,
+}
+
+impl FromStr for Bitmaps {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (number, persistent) = text.strip_suffix('t').map_or((text, true), |number| (number, false));
+        let count = number.parse().with_context(|| format!("`{text}` is no number of bitmaps: give 64, or 64t"))?;
+        Ok(Self { count, persistent })
+    }
+}
+
+impl fmt::Display for Bitmaps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let transient = if self.persistent || self.count == 0 { "" } else { "t" };
+        write!(f, "{}{transient}", self.count)
+    }
+}
+
 /// A program with its settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Contender {
@@ -59,14 +86,14 @@ pub enum Contender {
     Blkmark {
         /// Not the usual build, but the one that it is compared with.
         other: bool,
-        /// Dirty bitmaps on the disk.
-        bitmaps: u32,
+        /// Dirty bitmaps on each disk.
+        bitmaps: Bitmaps,
     },
     /// `qemu-storage-daemon`.
     Qsd {
         /// How it does its I/O.
         aio: Aio,
-        /// Dirty bitmaps on the disk.
+        /// Dirty bitmaps on each disk, in memory alone.
         bitmaps: u32,
     },
     /// No server: fio on the disk itself.
@@ -74,11 +101,12 @@ pub enum Contender {
 }
 
 impl Contender {
-    /// Dirty bitmaps on the disk.
-    pub fn bitmaps(&self) -> u32 {
+    /// Dirty bitmaps on each disk. Those of QSD are in memory: a raw disk has no place for them.
+    pub fn bitmaps(&self) -> Bitmaps {
         match self {
-            Contender::Blkmark { bitmaps, .. } | Contender::Qsd { bitmaps, .. } => *bitmaps,
-            Contender::Fio => 0,
+            Contender::Blkmark { bitmaps, .. } => *bitmaps,
+            Contender::Qsd { bitmaps, .. } => Bitmaps { count: *bitmaps, persistent: false },
+            Contender::Fio => Bitmaps { count: 0, persistent: false },
         }
     }
 
@@ -99,10 +127,17 @@ impl fmt::Display for Contender {
     }
 }
 
-/// The disk's node name in either program.
-const NODE: &str = "drive0";
+/// A disk's node name in either program.
+fn node(disk: usize) -> String {
+    format!("drive{disk}")
+}
 
-/// A running server with one disk.
+/// A path as an option's value: a comma ends one unless it is doubled.
+fn escaped(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
+/// A running server with its disks.
 pub struct Server {
     process: Process,
     /// Sockets and the log.
@@ -125,7 +160,7 @@ impl Server {
     ) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("bench-").tempdir().context("cannot make a folder for sockets")?;
         let control = dir.path().join("control.sock");
-        let socket = dir.path().join("disk.sock");
+        let sockets: Vec<PathBuf> = (0..target.disks()).map(|disk| socket(dir.path(), disk)).collect();
         // qemu-storage-daemon gets its monitor as a connected socket: with a listening one, a client that comes before
         // the monitor is set up is now and then greeted twice.
         let (monitor, theirs) = UnixStream::pair().context("socketpair")?;
@@ -133,9 +168,9 @@ impl Server {
             Contender::Blkmark { other, .. } => {
                 let program = options.blkmark(*other)?;
                 let command = callgrind.map_or_else(|| Command::new(&program), |callgrind| callgrind.wrap(&program));
-                blkmark(command, options, target, cell, &socket, &control)
+                blkmark(command, options, target, cell, &sockets, &control)
             }
-            Contender::Qsd { aio, .. } => qsd(options, target, cell, *aio, &socket, theirs),
+            Contender::Qsd { aio, .. } => qsd(options, target, cell, *aio, &sockets, theirs),
             Contender::Fio => bail!("fio is no server"),
         };
         let name = contender.program();
@@ -157,18 +192,30 @@ impl Server {
             Contender::Qsd { .. } => Client::negotiate(monitor),
         }
         .with_context(|| server.process.log_tail())?;
-        for i in 0..contender.bitmaps() {
-            let persistent = options.persistent && matches!(contender, Contender::Blkmark { .. });
-            let arguments = json!({"node": NODE, "name": format!("b{i}"), "persistent": persistent});
-            qmp.execute("block-dirty-bitmap-add", arguments)
-                .with_context(|| format!("block-dirty-bitmap-add on {name}"))?;
+        let Bitmaps { count, persistent } = contender.bitmaps();
+        for disk in 0..target.disks() {
+            let actions: Vec<Value> = (0..count)
+                .map(|i| {
+                    let data = json!({"node": node(disk), "name": format!("b{i}"), "persistent": persistent});
+                    json!({"type": "block-dirty-bitmap-add", "data": data})
+                })
+                .collect();
+            if !actions.is_empty() {
+                qmp.execute("transaction", json!({"actions": actions}))
+                    .with_context(|| format!("block-dirty-bitmap-add on {name}"))?;
+            }
         }
         Ok(server)
     }
 
-    /// The vhost-user socket.
-    pub fn socket(&self) -> PathBuf {
-        self.dir.path().join("disk.sock")
+    /// The vhost-user socket of a disk.
+    pub fn socket(&self, disk: usize) -> PathBuf {
+        socket(self.dir.path(), disk)
+    }
+
+    /// Bytes of memory that it alone has.
+    pub fn memory(&self) -> Result<u64> {
+        private_memory(self.process.pid())
     }
 
     /// Processor time used so far.
@@ -187,54 +234,61 @@ impl Server {
     }
 }
 
+fn socket(dir: &Path, disk: usize) -> PathBuf {
+    dir.join(format!("disk{disk}.sock"))
+}
+
 fn blkmark(
     mut command: Command,
     options: &Options,
     target: &Target,
     cell: &Cell,
-    socket: &Path,
+    sockets: &[PathBuf],
     control: &Path,
 ) -> Command {
-    let medium = match target.is_null() {
-        true => format!("null={}", target.size()),
-        false => format!(
-            "path={},direct={}",
-            target.path().display().to_string().replace(',', ",,"),
-            if options.direct() { "on" } else { "off" }
-        ),
-    };
-    let mut disk = format!("id={NODE},{medium},socket={},queues={}", socket.display(), cell.queues);
-    if let Some(more) = &options.blkmark_disk {
-        disk.push(',');
-        disk.push_str(more);
+    command.arg("serve");
+    for (index, socket) in sockets.iter().enumerate() {
+        let medium = match target.is_null() {
+            true => format!("null={}", target.size()),
+            false => {
+                let direct = if options.direct() { "on" } else { "off" };
+                format!("path={},direct={direct}", escaped(target.path(index)))
+            }
+        };
+        let mut disk = format!("id={},{medium},socket={},queues={}", node(index), socket.display(), cell.queues);
+        let more = options.blkmark_disk.as_deref().unwrap_or_default();
+        if !more.contains("bitmaps=") {
+            disk.push_str(&format!(",bitmaps={}", escaped(&target.store(index))));
+        }
+        if !more.is_empty() {
+            disk.push_str(&format!(",{more}"));
+        }
+        command.args(["--disk", &disk]);
     }
-    command.args(["serve", "--disk", &disk, "--control"]).arg(control).stdin(Stdio::null());
+    command.arg("--control").arg(control).stdin(Stdio::null());
     command
 }
 
-fn qsd(options: &Options, target: &Target, cell: &Cell, aio: Aio, socket: &Path, monitor: UnixStream) -> Command {
+fn qsd(options: &Options, target: &Target, cell: &Cell, aio: Aio, sockets: &[PathBuf], monitor: UnixStream) -> Command {
     let driver = if target.is_block_device() { "host_device" } else { "file" };
-    let node = match target.is_null() {
-        true => format!("driver=null-co,node-name={NODE},size={},read-zeroes=off", target.size()),
-        false => format!(
-            "driver={driver},node-name={NODE},filename={},cache.direct={},aio={},discard=unmap",
-            // A comma ends an option unless it is doubled.
-            target.path().display().to_string().replace(',', ",,"),
-            if options.direct() { "on" } else { "off" },
-            aio.name(),
-        ),
-    };
     let mut command = Command::new(&options.qsd);
-    command
-        .arg("--blockdev")
-        .arg(node)
-        .arg("--export")
-        .arg(format!(
-            "type=vhost-user-blk,id=e,node-name={NODE},addr.type=unix,addr.path={},writable=on,num-queues={}",
+    for (index, socket) in sockets.iter().enumerate() {
+        let name = node(index);
+        let node = match target.is_null() {
+            true => format!("driver=null-co,node-name={name},size={},read-zeroes=off", target.size()),
+            false => format!(
+                "driver={driver},node-name={name},filename={},cache.direct={},aio={},discard=unmap",
+                escaped(target.path(index)),
+                if options.direct() { "on" } else { "off" },
+                aio.name(),
+            ),
+        };
+        command.args(["--blockdev", &node, "--export"]).arg(format!(
+            "type=vhost-user-blk,id=e{index},node-name={name},addr.type=unix,addr.path={},writable=on,num-queues={}",
             socket.display(),
             cell.queues,
-        ))
-        .args(["--chardev", "socket,id=m,fd=0", "--monitor", "m"])
-        .stdin(Stdio::from(OwnedFd::from(monitor)));
+        ));
+    }
+    command.args(["--chardev", "socket,id=m,fd=0", "--monitor", "m"]).stdin(Stdio::from(OwnedFd::from(monitor)));
     command
 }

@@ -1,7 +1,8 @@
-//! The disk that is measured: a file of random bytes made for the run, or a file or device that the operator gives up.
+//! What is measured: files made for the run, of random bytes or sparse, or a file or device that the operator gives up; and
+//! beside them the stores of blkmark's bitmaps, which each run begins without.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
@@ -21,65 +22,58 @@ pub enum Place {
     Null,
 }
 
-/// A disk ready to be served.
+/// Disks ready to be served.
 pub struct Target {
     name: String,
-    path: PathBuf,
-    file: File,
+    disks: Vec<(PathBuf, File)>,
     size: u64,
     block_device: bool,
     null: bool,
-    /// Removed with everything in it when the target goes.
-    _dir: Option<tempfile::TempDir>,
+    sparse: bool,
+    /// With a folder for each disk's store; the disks that were made are in it too. Goes with the target.
+    folder: tempfile::TempDir,
 }
 
 impl Target {
-    /// Makes or opens the disk.
+    /// Makes or opens the disks.
     pub fn prepare(place: &Place, options: &Options) -> Result<Self> {
         match place {
             Place::Dir(dir) => Self::make(dir, options),
             Place::File(path) => Self::open(path, options),
-            Place::Null => Ok(Target {
-                name: "a null disk".into(),
-                path: PathBuf::from("/dev/null"),
-                file: File::open("/dev/null").context("cannot open /dev/null")?,
-                size: options.size,
-                block_device: false,
-                null: true,
-                _dir: None,
-            }),
+            Place::Null => {
+                let open = || File::open("/dev/null").map(|file| (PathBuf::from("/dev/null"), file));
+                let disks = (0..options.disks()).map(|_| open()).collect::<io::Result<_>>();
+                Ok(Target {
+                    name: "a null disk".into(),
+                    disks: disks.context("cannot open /dev/null")?,
+                    size: options.size,
+                    block_device: false,
+                    null: true,
+                    sparse: false,
+                    folder: folder(&std::env::temp_dir())?,
+                })
+            }
         }
     }
 
     fn make(dir: &Path, options: &Options) -> Result<Self> {
-        let size = options.size;
-        check_room(dir, size)?;
-        let folder = tempfile::Builder::new()
-            .prefix("blkmark-bench-")
-            .tempdir_in(dir)
-            .with_context(|| format!("cannot make a folder in {}", dir.display()))?;
-        let path = folder.path().join("disk.raw");
-        eprintln!("filling {} with {} MiB", path.display(), size >> 20);
-        let mut file = File::create_new(&path).with_context(|| format!("cannot make {}", path.display()))?;
-        // Random bytes all over: holes and zeroes would be read without a disk.
-        let mut noise = vec![0; 4 << 20];
-        fill(&mut noise, 1);
-        let mut left = size;
-        while left > 0 {
-            let part = left.min(noise.len() as u64) as usize;
-            file.write_all(&noise[..part]).with_context(|| format!("cannot fill {}", path.display()))?;
-            left -= part as u64;
+        let (size, count) = (options.size, options.disks());
+        if !options.sparse {
+            check_room(dir, size.saturating_mul(count as u64))?;
         }
-        file.sync_all().with_context(|| format!("cannot sync {}", path.display()))?;
-        Ok(Target {
-            name: dir.display().to_string(),
-            path,
-            file,
-            size,
-            block_device: false,
-            null: false,
-            _dir: Some(folder),
-        })
+        let folder = folder(dir)?;
+        let mut disks = Vec::new();
+        for disk in 0..count {
+            let path = folder.path().join(format!("disk{disk}.raw"));
+            let mut file = File::create_new(&path).with_context(|| format!("cannot make {}", path.display()))?;
+            if !options.sparse {
+                eprintln!("filling {} with {} MiB", path.display(), size >> 20);
+                fill_file(&mut file, size).with_context(|| format!("cannot fill {}", path.display()))?;
+            }
+            disks.push((path, file));
+        }
+        let name = dir.display().to_string();
+        Ok(Target { name, disks, size, block_device: false, null: false, sparse: options.sparse, folder })
     }
 
     fn open(path: &Path, options: &Options) -> Result<Self> {
@@ -107,14 +101,15 @@ impl Target {
         if size < options.least_size() {
             bail!("{} has {whole} bytes: too few to measure on", path.display());
         }
+        let beside = path.parent().filter(|_| kind.is_file()).map_or_else(std::env::temp_dir, Path::to_owned);
         Ok(Target {
             name: path.display().to_string(),
-            file,
+            disks: vec![(path, file)],
             size,
             block_device: kind.is_block_device(),
             null: false,
-            path,
-            _dir: None,
+            sparse: false,
+            folder: folder(&beside)?,
         })
     }
 
@@ -123,12 +118,22 @@ impl Target {
         &self.name
     }
 
-    /// The disk.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// How many disks.
+    pub fn disks(&self) -> usize {
+        self.disks.len()
     }
 
-    /// Bytes that are measured, from the beginning.
+    /// A disk.
+    pub fn path(&self, disk: usize) -> &Path {
+        &self.disks[disk].0
+    }
+
+    /// Where blkmark keeps a disk's bitmaps.
+    pub fn store(&self, disk: usize) -> PathBuf {
+        self.folder.path().join(format!("disk{disk}.store"))
+    }
+
+    /// Bytes of each that are measured, from the beginning.
     pub fn size(&self) -> u64 {
         self.size
     }
@@ -143,17 +148,46 @@ impl Target {
         self.block_device
     }
 
-    /// Waits until no server holds the disk any more (its last requests may outlive it for a moment, and its locks with
-    /// them), and writes back what is dirty.
+    /// Waits until no server holds a disk any more (its last requests may outlive it for a moment, and its locks with
+    /// them), takes the last one's stores away, and writes back what is dirty. A sparse disk is empty again.
     pub fn settle(&self) -> Result<()> {
-        if self.null {
-            return Ok(());
+        for (index, (path, file)) in self.disks.iter().enumerate() {
+            let store = self.store(index);
+            if store.exists() {
+                std::fs::remove_dir_all(&store).with_context(|| format!("cannot remove {}", store.display()))?;
+            }
+            if self.null {
+                continue;
+            }
+            fcntl_lock(file, FlockOperation::LockExclusive).context("waiting for the last server's lock")?;
+            flock(file, FlockOperation::LockExclusive).context("waiting for the last server's lock")?;
+            unlock(file)?;
+            if self.sparse {
+                let emptied = file.set_len(0).and_then(|()| file.set_len(self.size));
+                emptied.with_context(|| format!("cannot empty {}", path.display()))?;
+            }
+            file.sync_data().with_context(|| format!("cannot sync {}", path.display()))?;
         }
-        fcntl_lock(&self.file, FlockOperation::LockExclusive).context("waiting for the last server's lock")?;
-        flock(&self.file, FlockOperation::LockExclusive).context("waiting for the last server's lock")?;
-        unlock(&self.file)?;
-        self.file.sync_data().with_context(|| format!("cannot sync {}", self.path.display()))
+        Ok(())
     }
+}
+
+fn folder(dir: &Path) -> Result<tempfile::TempDir> {
+    let made = tempfile::Builder::new().prefix("blkmark-bench-").tempdir_in(dir);
+    made.with_context(|| format!("cannot make a folder in {}", dir.display()))
+}
+
+/// Random bytes all over: holes and zeroes would be read without a disk.
+fn fill_file(file: &mut File, size: u64) -> io::Result<()> {
+    let mut noise = vec![0; 4 << 20];
+    fill(&mut noise, 1);
+    let mut left = size;
+    while left > 0 {
+        let part = left.min(noise.len() as u64) as usize;
+        file.write_all(&noise[..part])?;
+        left -= part as u64;
+    }
+    file.sync_all()
 }
 
 fn unlock(file: &File) -> Result<()> {

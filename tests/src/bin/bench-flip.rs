@@ -1,4 +1,5 @@
-//! How long a flip holds queue threads, and what marking costs: on disks from 1 GiB to 64 TiB, with 1 to 64 bitmaps.
+//! How long a flip holds queue threads, and what marking costs: on disks from 1 GiB to 64 TiB, with 1 to 64 bitmaps. And what
+//! memory bitmaps take where everything is dirty.
 //!
 //! No disk is written. Threads do what queue threads do with every write (enter, gates, mark, register, finish) as fast as
 //! they can, which no real queue does, while bitmaps are frozen and given back again and again. `docs/performance.md`
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use blkmark_bitmap::tracker::Admitted;
 use blkmark_bitmap::{ByteRange, Granularity, Tracker, commit};
+use blkmark_tests::bench::cpu::private_memory;
 use clap::Parser;
 
 /// How long a flip holds queue threads, and what marking costs
@@ -22,6 +24,9 @@ struct Options {
     /// Threads that write meanwhile
     #[arg(long, default_value_t = 1)]
     writers: usize,
+    /// Show instead the memory of eight bitmaps of 64 TiB that begin one after the other, all of the disk written in between
+    #[arg(long)]
+    memory: bool,
 }
 
 const GIB: u64 = 1 << 30;
@@ -33,6 +38,9 @@ const BATCH: usize = 16;
 fn main() -> Result<()> {
     let options = Options::parse();
     ensure!(options.flips > 0, "--flips must be above 0");
+    if options.memory {
+        return memory();
+    }
     println!("      disk  bitmaps    hold p50    hold p99    hold max   freeze p50   a write");
     for size in [GIB, TIB, 64 * TIB] {
         for bitmaps in [1, 8, 64] {
@@ -56,6 +64,10 @@ fn row(options: &Options, size: u64, bitmaps: usize) -> Result<()> {
             let (tracker, done, writes) = (&tracker, &done, &writes);
             scope.spawn(move || write(tracker, index, done, writes));
         }
+        // Of a flip that nobody is in the way of nothing is to be learnt.
+        while writes.load(Ordering::Relaxed) == 0 {
+            std::thread::yield_now();
+        }
         let measured = (0..options.flips).map(|_| freeze(&tracker)).collect::<Result<Vec<_>>>();
         done.store(true, Ordering::Relaxed);
         measured
@@ -74,6 +86,29 @@ fn row(options: &Options, size: u64, bitmaps: usize) -> Result<()> {
         at(&holds, 1.0),
         at(&freezes, 0.5),
     );
+    Ok(())
+}
+
+/// What bitmaps take that have nothing in common but that everything is dirty.
+fn memory() -> Result<()> {
+    let tracker = Tracker::new(64 * TIB, 1, 1);
+    let mut lane = tracker.lane(0).context("a lane")?;
+    println!("bitmaps  dirty GiB     MiB");
+    for index in 0..8 {
+        let mut begun = tracker.begin();
+        begun.draft.add(&format!("b{index}"), Granularity::DEFAULT, false)?;
+        commit(vec![begun])?;
+        // As large as a discard of a guest may be.
+        for at in (0..64 * TIB).step_by(16 << 20) {
+            let admitted = lane.enter().admit(0, ByteRange::new(at, 16 << 20));
+            ensure!(matches!(admitted, Admitted::Go), "nothing is in the way");
+            lane.finish(0);
+        }
+        let mib = private_memory(std::process::id())? >> 20;
+        // Of one of them; each has a disk's worth.
+        let dirty = tracker.bits("b0")?.dirty_bytes() / GIB;
+        println!("{:>7}  {dirty:>9}  {mib:>6}", index + 1);
+    }
     Ok(())
 }
 

@@ -31,7 +31,7 @@ use super::storage::{ImageFile, keeping_errno};
 use super::{Backing, CreateOptions, Format, Policy, Target, TargetError};
 use crate::source::FileId;
 pub(super) use counts::Counts;
-pub(super) use entry::{COPIED, Entry, Geometry, OFFSET};
+pub(super) use entry::{COMPRESSED, COPIED, Entry, Geometry, OFFSET};
 use imago::qcow2::Qcow2;
 use rustix::io::Errno;
 use space::Space;
