@@ -14,6 +14,7 @@ use anyhow::{Context, Result, bail};
 use blkmark_backup::control::{Control, Sandbox, Settings};
 use blkmark_backup::node::Node;
 use blkmark_backup::qmp::{Events, Server};
+use blkmark_backup::resume::{Found, Haven};
 use blkmark_backup::scratch::ScratchSettings;
 use blkmark_backup::source::Source;
 use blkmark_bitmap::Tracker;
@@ -94,10 +95,10 @@ impl Daemon {
         };
         let nodes = opened.iter().map(|(_, (_, node))| Arc::clone(node)).collect();
         let control = Control::new(nodes, events.clone(), settings);
-        let server = match &options.control {
-            Some(path) => Some(Server::bind(path)?.start(Arc::clone(&control) as _, events.clone())?),
-            None => None,
-        };
+        let server = options.control.as_deref().map(Server::bind).transpose()?;
+        // Before the first client, and before the first request of a guest.
+        control.resume();
+        let server = server.map(|server| server.start(Arc::clone(&control) as _, events.clone())).transpose()?;
         let mut disks = Vec::new();
         for ((options, (served, _)), endpoint) in opened.into_iter().zip(endpoints) {
             let handed_over = matches!(endpoint, Endpoint::Connected(_));
@@ -264,12 +265,21 @@ fn open(disk: &DiskOptions, options: &ServeOptions) -> Result<OpenedDisk> {
         memory: SCRATCH_MEMORY,
     };
     let serial = disk.serial.as_deref().unwrap_or(&disk.id);
-    let place = persistence::place(disk, &file, options.runtime_dir.as_deref())?;
+    let runtime = options.runtime_dir.as_deref();
+    // Nobody else has the disk, so nobody else is at what was left of its points in time.
+    let haven = persistence::haven(disk, &file, runtime, &scratch.directory);
+    let left = haven.as_ref().map(Haven::find).unwrap_or_default();
+    let resume = left.iter().filter_map(Found::freeze).collect();
+    let place = persistence::place(disk, &file, runtime, resume)?;
     let threads = ThreadOptions { cpus: disk.cpus.clone(), spin: disk.poll };
     let served = ServedDisk::new(&disk.id, Arc::clone(&file), serial, disk.queues, disk.queue_size, threads, place);
     let served = Arc::new(served);
     let node = Node::new(&disk.id, &disk.path, disk.read_only, Arc::clone(served.tracker()), file, scratch);
     let node = node.shown_by(Arc::clone(&served) as _);
+    let node = match haven {
+        Some(haven) => node.with_haven(haven, left),
+        None => node,
+    };
     Ok((served, Arc::new(node)))
 }
 

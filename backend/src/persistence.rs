@@ -5,6 +5,8 @@
 use crate::config::{Bitmaps, DiskOptions};
 use crate::disk::DiskFile;
 use anyhow::{Context, Result};
+use blkmark_backup::resume::Haven;
+use blkmark_backup::source::Source;
 use blkmark_bitmap::Tracker;
 use blkmark_bitmap::store::{Directory, Maps, NoMaps, Place, Shm};
 use rustix::fs::FileType;
@@ -23,7 +25,13 @@ const DEVICES: &str = "/var/lib/blkmark";
 const SHM: &str = "/dev/shm";
 
 /// The store of `disk`, there or not; `None`: it is to have none.
-pub(crate) fn place(disk: &DiskOptions, file: &DiskFile, runtime: Option<&Path>) -> Result<Option<Place>> {
+/// `resume`: freezes of jobs that can be gone on with.
+pub(crate) fn place(
+    disk: &DiskOptions,
+    file: &DiskFile,
+    runtime: Option<&Path>,
+    resume: Vec<Uuid>,
+) -> Result<Option<Place>> {
     let path = match &disk.bitmaps {
         Bitmaps::Off => return Ok(None),
         Bitmaps::At(path) => path.clone(),
@@ -54,7 +62,17 @@ pub(crate) fn place(disk: &DiskOptions, file: &DiskFile, runtime: Option<&Path>)
             Box::new(NoMaps)
         }
     };
-    Ok(Some(Place { medium, maps, disk: file.stamp(boot())?, flush: file.flusher()? }))
+    Ok(Some(Place { medium, maps, disk: file.stamp(boot())?, flush: file.flusher()?, resume }))
+}
+
+/// Where the points in time of `disk` outlive the process; only where there may be a store, which tells whether somebody else
+/// served the disk meanwhile.
+pub(crate) fn haven(disk: &DiskOptions, file: &DiskFile, runtime: Option<&Path>, scratch: &Path) -> Option<Haven> {
+    if disk.bitmaps == Bitmaps::Off || disk.null.is_some() {
+        return None;
+    }
+    let memory: Vec<&Path> = runtime.into_iter().chain([Path::new(SHM)]).collect();
+    Haven::new(&memory, scratch, &disk.path, file.file_id()?, boot())
 }
 
 /// The directory that the store of `disk` is made in. That of devices is made if it is missing.

@@ -12,6 +12,7 @@
 
 use crate::buffer::{AlignedBuffer, is_zero};
 use crate::point::Face;
+use crate::resume::{Haven, Ledger, Phase, Place};
 use crate::scratch::{Block, Scratch, ScratchError};
 use crate::source::Source;
 use blkmark_bitmap::sync::{Condvar, Mutex, MutexGuard, Ordering, lock};
@@ -44,6 +45,8 @@ pub(crate) type Saved = Option<Arc<Block>>;
 pub(crate) struct Kept {
     face: Arc<Face>,
     pre_cut: Arc<PreCut>,
+    /// Where it is written down for the next process.
+    ledger: Option<Arc<Ledger>>,
     pub(crate) index: BTreeMap<u64, Saved>,
     /// How many of them were saved as a block, not as zeroes.
     pub(crate) blocks: u64,
@@ -84,6 +87,13 @@ impl State {
     /// Whether a saver is at work on part of `range`.
     pub(crate) fn is_saving(&self, range: ByteRange) -> bool {
         self.saving.iter().any(|unit| unit.intersects(range))
+    }
+
+    /// The units in `range` that savers are at work on, in order.
+    pub(crate) fn saving_in(&self, range: ByteRange) -> Vec<ByteRange> {
+        let mut units: Vec<_> = self.saving.iter().filter(|unit| unit.intersects(range)).copied().collect();
+        units.sort_unstable_by_key(|unit| unit.start());
+        units
     }
 
     /// Where in `range` a saver is at work first.
@@ -152,13 +162,24 @@ impl CopyBeforeWrite {
         cluster: Granularity,
     ) -> io::Result<Arc<Self>> {
         let unit = Granularity::new(UNIT).map_or(cluster, |unit| unit.min(cluster));
+        Self::with(disk, source, size, scratch(unit.bytes()), unit)
+    }
+
+    /// The same, with a scratch of blocks of `unit`.
+    pub(crate) fn with(
+        disk: &str,
+        source: Arc<dyn Source>,
+        size: u64,
+        scratch: Scratch,
+        unit: Granularity,
+    ) -> io::Result<Arc<Self>> {
         let state = State { users: 1, ..State::default() };
         let cbw = Arc::new(Self {
             disk: disk.to_owned(),
             source,
             size,
             unit,
-            scratch: scratch(unit.bytes()),
+            scratch,
             state: Mutex::new(state),
             work: Condvar::new(),
             overdue: Condvar::new(),
@@ -235,6 +256,11 @@ impl CopyBeforeWrite {
         lock(&self.state)
     }
 
+    /// By what name its scratch outlives the process, if it does.
+    pub(crate) fn scratch_name(&self) -> Option<(&Haven, uuid::Uuid)> {
+        self.scratch.name()
+    }
+
     /// The unit of saving.
     pub(crate) fn unit(&self) -> Granularity {
         self.unit
@@ -251,9 +277,15 @@ impl CopyBeforeWrite {
     }
 
     /// A point came into force.
-    pub(crate) fn enter(&self, face: Arc<Face>, pre_cut: Arc<PreCut>) {
-        let kept =
-            Kept { pre_cut, index: BTreeMap::new(), blocks: 0, broken: None, ended: false, face: Arc::clone(&face) };
+    pub(crate) fn enter(
+        &self,
+        face: Arc<Face>,
+        pre_cut: Arc<PreCut>,
+        ledger: Option<Arc<Ledger>>,
+        index: BTreeMap<u64, Saved>,
+    ) {
+        let blocks = index.values().flatten().count() as u64;
+        let kept = Kept { pre_cut, ledger, index, blocks, broken: None, ended: false, face: Arc::clone(&face) };
         self.state().points.insert(face.key, kept);
         self.work.notify_all();
         self.overdue.notify_all();
@@ -362,15 +394,26 @@ impl CopyBeforeWrite {
         let mut state = self.state();
         state.longest_save = state.longest_save.max(began.elapsed());
         state.saving.retain(|other| *other != unit);
-        let outcome = result.map(|saved| {
+        let outcome = result.and_then(|saved| {
             let after: Vec<u64> = state.in_force(unit).map(|(key, _)| key).collect();
+            let place = saved.as_ref().map_or(Place::Zero, |block| block.place());
+            let mut first = Ok(());
             for (key, _) in before.iter().filter(|(key, _)| after.contains(key)) {
                 if let Some(kept) = state.points.get_mut(key) {
+                    // Before the unit is settled, and so before a write to it goes: whoever comes after a kill must not take
+                    // what the disk holds then.
+                    if let Some(ledger) = &kept.ledger
+                        && let Err(error) = ledger.saved(unit, place)
+                    {
+                        first = Err(ScratchError::Ledger(error));
+                        continue;
+                    }
                     kept.index.insert(unit.start(), saved.clone());
                     kept.blocks += u64::from(saved.is_some());
                     kept.face.settle(unit);
                 }
             }
+            first
         });
         drop(state);
         self.saved.notify_all();
@@ -403,6 +446,11 @@ impl CopyBeforeWrite {
             }
             _ => {
                 tracing::error!(disk = self.disk, %error, "a point in time is broken; the guest goes on");
+                if let Some(ledger) = &kept.ledger
+                    && let Err(error) = ledger.set_phase(Phase::Broken)
+                {
+                    tracing::error!(disk = self.disk, %error, "a point in time broke, and its ledger cannot say so");
+                }
                 kept.broken.get_or_insert_with(|| Arc::new(error));
                 // Before any of its writes goes. Readers look for it after they have read.
                 kept.face.broken.store(true, Ordering::Release);

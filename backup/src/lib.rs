@@ -14,6 +14,7 @@ pub mod node;
 pub mod point;
 pub mod pulse;
 pub mod qmp;
+pub mod resume;
 pub mod scratch;
 pub mod source;
 pub mod target;

@@ -1,13 +1,15 @@
 //! A node: one served disk as everything that runs over it sees it.
 
 use crate::cbw::{CopyBeforeWrite, Load};
-use crate::scratch::{Scratch, ScratchFiles, ScratchSettings};
+use crate::resume::{Found, Haven, Place};
+use crate::scratch::{Blocks, Scratch, ScratchFiles, ScratchSettings};
 use crate::source::Source;
 use blkmark_bitmap::{Granularity, Tracker};
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use uuid::Uuid;
 
 /// What shows a disk to its guest.
 pub trait Front: Send + Sync {
@@ -32,6 +34,9 @@ pub struct Node {
     /// One resize at a time.
     pub(crate) resizing: Mutex<()>,
     scratch: ScratchSettings,
+    /// Where its points in time outlive the process, and what others left there.
+    haven: Option<Haven>,
+    left: Mutex<Vec<Found>>,
     /// There while a point in time is.
     cbw: Mutex<Weak<CopyBeforeWrite>>,
 }
@@ -53,6 +58,8 @@ impl Node {
             tracker,
             source,
             scratch,
+            haven: None,
+            left: Mutex::default(),
             front: None,
             resizing: Mutex::new(()),
             cbw: Mutex::new(Weak::new()),
@@ -64,13 +71,45 @@ impl Node {
         Self { front: Some(front), ..self }
     }
 
+    /// The same disk, whose points in time outlive the process in `haven`, where processes before this one left those in `left`.
+    pub fn with_haven(self, haven: Haven, left: Vec<Found>) -> Self {
+        Self { haven: Some(haven), left: Mutex::new(left), ..self }
+    }
+
+    /// Where its points in time outlive the process.
+    pub(crate) fn haven(&self) -> Option<&Haven> {
+        self.haven.as_ref()
+    }
+
+    /// What processes before this one left; once.
+    pub(crate) fn take_left(&self) -> Vec<Found> {
+        std::mem::take(&mut self.left.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
+    }
+
+    /// The copy-before-write over the scratch `id` that a killed process left, for one point to begin with, and the blocks of it
+    /// that are named in `places`, each with its length.
+    pub(crate) fn restore_copy_before_write(
+        &self,
+        id: Uuid,
+        unit: Granularity,
+        places: &[(Place, u64)],
+    ) -> io::Result<(Arc<CopyBeforeWrite>, Blocks)> {
+        let haven = self.haven.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        let scratch = Scratch::new(ScratchFiles::reopen(haven, id)?, &self.scratch, unit.bytes());
+        let blocks = scratch.adopt(places)?;
+        let (source, size) = (Arc::clone(&self.source), self.tracker.size());
+        let cbw = CopyBeforeWrite::with(&self.id, source, size, scratch, unit)?;
+        *self.cbw() = Arc::downgrade(&cbw);
+        Ok((cbw, blocks))
+    }
+
     fn cbw(&self) -> MutexGuard<'_, Weak<CopyBeforeWrite>> {
         self.cbw.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Makes the files that points in time of this disk keep old data in. May take as long as the file system likes.
     pub fn open_scratch(&self) -> io::Result<ScratchFiles> {
-        ScratchFiles::open(&self.scratch)
+        ScratchFiles::open(&self.scratch, self.haven.as_ref())
     }
 
     /// The copy-before-write that all points of this disk share, for one more point. `cluster` is what that point's

@@ -10,6 +10,9 @@
 //! come meanwhile, so what was read is dropped and scratch counts. Both decide under one lock, and the reader leaves a
 //! unit open that a saver is just reading, for else a write could slip in under the saver's read.
 //!
+//! Where a point outlives the process (`resume`), *settled* means in a ledger besides: what a reader has taken is open until the
+//! reader says that the target holds it.
+//!
 //! A point that is *kept* can be read again and again (`read`): its readers settle nothing, so every unit is saved on its
 //! first overwrite, and stays in scratch until the point is dropped.
 
@@ -20,11 +23,13 @@ pub use read::{PointCost, PointSource};
 use crate::cbw::{CopyBeforeWrite, OnError, Saved, State};
 use crate::node::Node;
 use crate::pulse::Pulse;
-use crate::scratch::{ScratchError, ScratchFiles};
+use crate::resume::{Ledger, Loaded, Place, Plan};
+use crate::scratch::{Blocks, ScratchError, ScratchFiles};
 use crate::source::{BlockStatus, Source};
 use blkmark_bitmap::sync::{AtomicBool, Mutex, MutexGuard, Ordering, fence, lock};
 use blkmark_bitmap::{Bits, ByteRange, Frozen, Gate, Granularity, LiveMap, PreCut, Resume};
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -42,7 +47,7 @@ pub enum Wanted {
 }
 
 /// How a point behaves.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PointOptions {
     /// Whether it can be read more than once.
     pub keep: bool,
@@ -50,11 +55,14 @@ pub struct PointOptions {
     pub on_error: OnError,
     /// How long a guest write may be held; `None`: for ever.
     pub timeout: Option<Duration>,
+    /// Whether another process can go on with it if this one is killed, where the disk has a place for that. What a reader takes
+    /// is kept until the reader says that it is elsewhere ([`Point::release`]).
+    pub outlive: bool,
 }
 
 impl Default for PointOptions {
     fn default() -> Self {
-        Self { keep: false, on_error: OnError::BreakSnapshot, timeout: Some(Duration::from_secs(10)) }
+        Self { keep: false, on_error: OnError::BreakSnapshot, timeout: Some(Duration::from_secs(10)), outlive: false }
     }
 }
 
@@ -116,9 +124,22 @@ pub struct Point {
     face: Arc<Face>,
     cluster: Granularity,
     keep: bool,
+    /// Where it is written down for the next process.
+    ledger: Option<Arc<Ledger>>,
+    /// Of a point that a killed process left.
+    left: Mutex<Left>,
     pre_cut: Mutex<Option<Arc<PreCut>>>,
     /// There if this is a reader's way to a point that belongs to somebody else.
     view: Option<View>,
+}
+
+/// What a killed process left of a point.
+#[derive(Default)]
+struct Left {
+    /// What was saved, until the point begins.
+    index: BTreeMap<u64, Saved>,
+    /// Clusters that the target holds.
+    in_target: Option<Bits>,
 }
 
 /// What makes a view of a point.
@@ -156,6 +177,31 @@ impl Point {
         options: PointOptions,
     ) -> io::Result<Arc<Self>> {
         let cbw = node.copy_before_write(scratch, cluster)?;
+        let ledger = match cbw.scratch_name().filter(|_| options.outlive) {
+            Some((haven, scratch)) => {
+                let (disk, size, unit) = (haven.disk(), cbw.size(), cbw.unit());
+                match Ledger::create(haven, Plan { scratch, disk, size, unit }) {
+                    Ok(ledger) => Some(Arc::new(ledger)),
+                    Err(error) => {
+                        tracing::warn!(disk = node.id, %error, "a point in time will end with the process: no ledger");
+                        None
+                    }
+                }
+            }
+            None => None,
+        };
+        Ok(Self::new(node, cbw, wanted, cluster, options, ledger, Left::default()))
+    }
+
+    fn new(
+        node: &Arc<Node>,
+        cbw: Arc<CopyBeforeWrite>,
+        wanted: Wanted,
+        cluster: Granularity,
+        options: PointOptions,
+        ledger: Option<Arc<Ledger>>,
+        left: Left,
+    ) -> Arc<Self> {
         let face = Face {
             key: NEXT_KEY.fetch_add(1, std::sync::atomic::Ordering::Relaxed),
             wanted,
@@ -164,15 +210,78 @@ impl Point {
             on_error: options.on_error,
             timeout: options.timeout,
         };
-        Ok(Arc::new(Self {
+        Arc::new(Self {
             node: Arc::clone(node),
             cbw,
             face: Arc::new(face),
             cluster,
             keep: options.keep,
+            ledger,
+            left: Mutex::new(left),
             pre_cut: Mutex::new(None),
             view: None,
-        }))
+        })
+    }
+
+    /// A point that a killed process left, to be armed before the first request of the guest: `cbw` has its scratch, and `blocks`
+    /// are what of that it keeps. An error: what was left contradicts itself.
+    ///
+    /// What the disk holds of a unit that is neither saved nor in the target is the point's value, and stays so. Every write that came
+    /// after the instant was submitted only after its units were in the ledger, before and after the kill. A write that was in
+    /// flight at the instant may have been in flight at the kill still: it was not acknowledged at the instant, so that any
+    /// part of it may be in the image, as after a power cut; nobody has read its units, since readers wait for it; and what of it
+    /// lands at all has landed, for this process has the disk's lock (`session/inflight`). Submitted again, it is a write like
+    /// any other, and its units are saved first.
+    pub(crate) fn restore(
+        node: &Arc<Node>,
+        cbw: Arc<CopyBeforeWrite>,
+        wanted: Wanted,
+        cluster: Granularity,
+        options: PointOptions,
+        loaded: Loaded,
+        blocks: &Blocks,
+    ) -> Result<Arc<Self>, &'static str> {
+        let unit = cbw.unit();
+        let units = loaded.in_target();
+        let mut index = BTreeMap::new();
+        for (start, place) in &loaded.saved {
+            let saved = match place {
+                Place::Zero => None,
+                block => Some(Arc::clone(blocks.get(block).ok_or("a block of its scratch is gone")?)),
+            };
+            index.insert(*start, saved);
+        }
+        let mut missing = Bits::full(unit, cbw.size());
+        missing.subtract(&units);
+        let (missing, in_target) = (missing.at(cluster), units.at(cluster));
+        let mut in_whole = in_target.clone();
+        in_whole.subtract(&missing);
+        if in_whole.dirty_bytes() != in_target.dirty_bytes() {
+            return Err("its ledger knows of half a cluster");
+        }
+        let saved: Vec<ByteRange> =
+            index.keys().map(|start| unit.range(unit.index(*start)..unit.index(*start) + 1, cbw.size())).collect();
+        let ledger = cbw.scratch_name().map(|(haven, _)| Arc::new(Ledger::reopen(haven, loaded)));
+        let left = Left { index, in_target: (!in_target.is_empty()).then_some(in_target) };
+        let point = Self::new(node, cbw, wanted, cluster, options, ledger, left);
+        saved.into_iter().chain(units.runs()).for_each(|range| point.face.settle(range));
+        Ok(point)
+    }
+
+    /// What it has to be able to give back.
+    pub(crate) fn wanted(&self) -> &Wanted {
+        &self.face.wanted
+    }
+
+    /// How it behaves.
+    pub(crate) fn options(&self) -> PointOptions {
+        let (on_error, timeout) = (self.face.on_error, self.face.timeout);
+        PointOptions { keep: self.keep, on_error, timeout, outlive: self.ledger.is_some() }
+    }
+
+    /// Where it is written down for the next process, if it is.
+    pub(crate) fn ledger(&self) -> Option<&Arc<Ledger>> {
+        self.ledger.as_ref()
     }
 
     /// As a gate, to arm and to disarm.
@@ -183,7 +292,8 @@ impl Point {
     /// The commit that armed it succeeded: `pre_cut` is what it left in flight. Reading may begin.
     pub fn begin(&self, pre_cut: Arc<PreCut>) {
         *lock(&self.pre_cut) = Some(Arc::clone(&pre_cut));
-        self.cbw.enter(Arc::clone(&self.face), pre_cut);
+        let index = std::mem::take(&mut lock(&self.left).index);
+        self.cbw.enter(Arc::clone(&self.face), pre_cut, self.ledger.clone(), index);
     }
 
     /// It is disarmed: lets go of whatever is still held. What is kept goes with the last reader.
@@ -223,6 +333,60 @@ impl Point {
         match &self.face.wanted {
             Wanted::All => Bits::full(self.cluster, self.size()),
             Wanted::Frozen(frozen) => frozen.bits().at(self.cluster),
+        }
+    }
+
+    /// Of the wanted clusters, those that a process before this one has not brought to the target yet.
+    pub fn remaining(&self) -> Bits {
+        let mut clusters = self.clusters();
+        if let Some(in_target) = &lock(&self.left).in_target {
+            clusters.subtract(in_target);
+        }
+        clusters
+    }
+
+    /// Whether a process before this one brought some of it to a target, so that it is there alone.
+    pub(crate) fn has_released(&self) -> bool {
+        lock(&self.left).in_target.is_some()
+    }
+
+    /// Whether what is read has to be released, or is the reader's at once.
+    fn waits_for_release(&self) -> bool {
+        self.keep || self.ledger.is_some()
+    }
+
+    /// Whether [`Point::release`] does anything.
+    pub fn is_released(&self) -> bool {
+        self.ledger.is_some() && !self.keep
+    }
+
+    /// The target holds these ranges, which consist of whole clusters, and a killed process would take nothing of them away: what
+    /// the point keeps of them goes, and the guest may write there without any more ado. Nothing for a point that is kept.
+    pub fn release(&self, ranges: &[ByteRange]) {
+        let Some(ledger) = self.ledger.as_ref().filter(|_| !self.keep) else { return };
+        for range in ranges {
+            // Before anything of it goes: whoever comes after a kill must not look for it.
+            if let Err(error) = ledger.held(*range) {
+                // What is kept stays kept, which costs space alone.
+                tracing::error!(disk = self.node.id, %error, "the ledger of a point in time can be neither written nor removed");
+                continue;
+            }
+            let mut gone = Vec::new();
+            let mut state = self.cbw.state();
+            let saving = state.saving_in(*range);
+            let Some(kept) = state.points.get_mut(&self.face.key) else { return };
+            let starts: Vec<u64> = kept.index.range(range.start()..range.end()).map(|(start, _)| *start).collect();
+            gone.extend(starts.iter().map(|start| kept.index.remove(start)));
+            // What a saver is reading, it settles itself: a write must not slip in under it.
+            let mut at = range.start();
+            for unit in saving {
+                self.face.settle(ByteRange::between(at, unit.start()));
+                at = unit.end();
+            }
+            self.face.settle(ByteRange::between(at, range.end()));
+            drop(state);
+            // Gives its space back, without the lock.
+            drop(gone);
         }
     }
 
@@ -277,7 +441,7 @@ impl Point {
                     None => part.fill(0),
                     Some(block) => block.load(part).map_err(|error| PointError::Scratch(Arc::new(error)))?,
                 }
-                if !self.keep {
+                if !self.waits_for_release() {
                     self.forget(unit);
                 }
             }
@@ -335,7 +499,7 @@ impl Point {
         let index = &state.points[&self.face.key].index;
         if index.range(piece.start()..piece.end()).next().is_none() && !state.is_saving(piece) {
             // The usual case: nobody has overwritten any of it, and nobody is about to.
-            if !self.keep {
+            if !self.waits_for_release() {
                 self.face.settle(piece);
             }
             return Ok(Vec::new());
@@ -344,7 +508,7 @@ impl Point {
         for unit in self.units(piece) {
             match index.get(&unit.start()) {
                 Some(block) => saved.push((unit, block.clone())),
-                None if self.keep || state.is_saving(unit) => {}
+                None if self.waits_for_release() || state.is_saving(unit) => {}
                 None => self.face.settle(unit),
             }
         }
@@ -380,7 +544,7 @@ impl Point {
         let saved = index.range(hole.start()..hole.end()).next().map(|(start, _)| *start);
         let end = [Some(end), saved, state.first_saving(hole)].into_iter().flatten().min().unwrap_or(end);
         let end = if end == self.size() { end } else { end & !(self.cluster.bytes() - 1) };
-        if !self.keep {
+        if !self.waits_for_release() {
             self.face.settle(ByteRange::between(range.start(), end));
         }
         Ok(end.saturating_sub(range.start()))
@@ -428,7 +592,13 @@ impl Drop for Point {
         match &self.view {
             // `of` does it, once the last view is gone.
             Some(view) => debug_assert_eq!(view.of.face.key, self.face.key),
-            None => self.cbw.leave(self.face.key),
+            None => {
+                // Before its blocks are used for something else.
+                if let Some(ledger) = &self.ledger {
+                    ledger.end();
+                }
+                self.cbw.leave(self.face.key);
+            }
         }
     }
 }

@@ -1,11 +1,14 @@
 //! Scratch: where old data waits from the moment a guest overwrites it until every point in time that needs it has let it
 //! go. Knows nothing of disks and points: it keeps blocks, and a [`Block`] gives its space back when it is dropped.
 //!
-//! Two tiers: memory up to a budget, then a sparse file. Neither has a name, so a killed process leaves nothing behind. It
+//! Two tiers: memory up to a budget, then a sparse file. Where points in time outlive the process (`resume`) both have names, so
+//! that a killed process leaves them behind; elsewhere neither has one. It
 //! never fills the file system: besides its own cap it leaves a tenth of the space free for others. Every block carries a
 //! checksum, so what was damaged on the way is an error and not a backup.
 
+use crate::resume::{Haven, Kind, Place};
 use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags};
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -13,6 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use thiserror::Error;
+use uuid::Uuid;
 
 /// How much growth passes between two looks at the file system's free space.
 const LOOK_EVERY: u64 = 16 << 20;
@@ -49,6 +53,9 @@ pub enum ScratchError {
     /// Reading or writing failed.
     #[error("scratch: {0}")]
     Io(#[from] io::Error),
+    /// What outlives the process cannot be kept up.
+    #[error("its ledger cannot be written: {0}")]
+    Ledger(io::Error),
     /// What came back is not what was kept.
     #[error("scratch: a block does not match its checksum")]
     Damaged,
@@ -76,13 +83,32 @@ struct Tiers {
     file: Tier,
     block: u64,
     cap: u64,
+    /// Goes after the last block.
+    names: Option<Names>,
 }
 
-/// What a scratch is made of: two nameless files. To open them may take as long as the file system likes, so that is done apart,
+/// The names of both files, which go with this.
+struct Names {
+    haven: Haven,
+    id: Uuid,
+}
+
+impl Drop for Names {
+    fn drop(&mut self) {
+        for kind in [Kind::Memory, Kind::File] {
+            if let Err(error) = self.haven.remove(self.id, kind) {
+                tracing::warn!(scratch = %self.id, %error, "could not take scratch away; the next start does it");
+            }
+        }
+    }
+}
+
+/// What a scratch is made of: two files. To open them may take as long as the file system likes, so that is done apart,
 /// where nobody waits for a lock.
 pub struct ScratchFiles {
     memory: File,
     file: File,
+    names: Option<Names>,
 }
 
 /// A disk's scratch: blocks of one size.
@@ -99,15 +125,37 @@ pub struct Block {
     checksum: u32,
 }
 
+/// Blocks, by where they are.
+pub(crate) type Blocks = HashMap<Place, Arc<Block>>;
+
 impl ScratchFiles {
-    /// Makes them. Errors name the directory.
-    pub fn open(settings: &ScratchSettings) -> io::Result<Self> {
+    /// Makes them, with names in `haven`, if there is one. Errors name the directory.
+    pub(crate) fn open(settings: &ScratchSettings, haven: Option<&Haven>) -> io::Result<Self> {
+        if let Some(haven) = haven {
+            match Self::create_in(haven) {
+                Ok(files) => return Ok(files),
+                Err(error) => tracing::warn!(%error, "points in time will end with the process: no lasting scratch"),
+            }
+        }
         let file = nameless(&settings.directory).map_err(|error| {
             let directory = settings.directory.display();
             io::Error::new(error.kind(), format!("Could not create scratch in '{directory}': {error}"))
         })?;
         let memory = rustix::fs::memfd_create("blkmark-scratch", MemfdFlags::CLOEXEC)?.into();
-        Ok(Self { memory, file })
+        Ok(Self { memory, file, names: None })
+    }
+
+    fn create_in(haven: &Haven) -> io::Result<Self> {
+        // Its drop takes away what was made, also if the second one cannot be.
+        let names = Names { haven: haven.clone(), id: Uuid::new_v4() };
+        let (memory, file) = (haven.create(names.id, Kind::Memory)?, haven.create(names.id, Kind::File)?);
+        Ok(Self { memory, file, names: Some(names) })
+    }
+
+    /// Those that a killed process left. If that fails they stay.
+    pub(crate) fn reopen(haven: &Haven, id: Uuid) -> io::Result<Self> {
+        let (memory, file) = (haven.open(id, Kind::Memory)?, haven.open(id, Kind::File)?);
+        Ok(Self { memory, file, names: Some(Names { haven: haven.clone(), id }) })
     }
 }
 
@@ -121,9 +169,48 @@ impl Scratch {
     /// Both tiers, for blocks of `block` bytes. Touches no file system.
     pub fn new(files: ScratchFiles, settings: &ScratchSettings, block: u64) -> Self {
         let tier = |file, cap, shares_space| Tier { file, cap, shares_space, space: Mutex::default() };
-        let memory = tier(files.memory, settings.memory.min(settings.cap), false);
+        let memory = tier(files.memory, settings.memory.min(settings.cap), files.names.is_some());
         let file = tier(files.file, settings.cap, true);
-        Self { tiers: Arc::new(Tiers { memory, file, block, cap: settings.cap }) }
+        Self { tiers: Arc::new(Tiers { memory, file, block, cap: settings.cap, names: files.names }) }
+    }
+
+    /// By what name it outlives the process, if it does.
+    pub(crate) fn name(&self) -> Option<(&Haven, Uuid)> {
+        self.tiers.names.as_ref().map(|names| (&names.haven, names.id))
+    }
+
+    /// Takes in the blocks that a killed process left, each with the bytes that are in it: to be called before anything is kept.
+    pub(crate) fn adopt(&self, left: &[(Place, u64)]) -> io::Result<Blocks> {
+        let damaged = || io::Error::new(io::ErrorKind::InvalidData, "scratch is not as it was left");
+        let tiers = &self.tiers;
+        let lens = (tiers.memory.file.metadata()?.len(), tiers.file.file.metadata()?.len());
+        // One block has one content, whoever names it.
+        let mut slots: BTreeMap<(bool, u32), (u64, u32)> = BTreeMap::new();
+        for (place, len) in left {
+            let Place::Block { in_memory, slot, checksum } = *place else { continue };
+            let there = if in_memory { lens.0 } else { lens.1 };
+            let known = *slots.entry((in_memory, slot)).or_insert((*len, checksum));
+            if u64::from(slot) * tiers.block + len > there || *len > tiers.block || known != (*len, checksum) {
+                return Err(damaged());
+            }
+        }
+        // From here on each block gives its space back.
+        for in_memory in [true, false] {
+            let taken: Vec<u64> =
+                slots.keys().filter(|(tier, _)| *tier == in_memory).map(|(_, slot)| u64::from(*slot)).collect();
+            let mut space = if in_memory { &tiers.memory } else { &tiers.file }.space();
+            space.used = taken.len() as u64 * tiers.block;
+            space.end = taken.last().map_or(0, |last| (last + 1) * tiers.block);
+            let mut next = taken.iter().peekable();
+            let free = (0..space.end / tiers.block).filter(|slot| next.next_if_eq(&slot).is_none());
+            space.free = free.map(|slot| slot * tiers.block).collect();
+        }
+        let block = |((in_memory, slot), (len, checksum)): ((bool, u32), (u64, u32))| {
+            let offset = u64::from(slot) * tiers.block;
+            let block = Block { tiers: Arc::clone(tiers), in_memory, offset, len: len as u32, checksum };
+            (block.place(), Arc::new(block))
+        };
+        Ok(slots.into_iter().map(block).collect())
     }
 
     /// Bytes in use: of memory, and of the file.
@@ -139,11 +226,17 @@ impl Scratch {
         if memory + file + tiers.block > tiers.cap {
             return Err(ScratchError::Cap { cap: tiers.cap });
         }
-        let (in_memory, offset) = match tiers.memory.allocate(tiers.block) {
-            Ok(offset) => (true, offset),
-            Err(ScratchError::Cap { .. }) => (false, tiers.file.allocate(tiers.block)?),
-            Err(error) => return Err(error),
-        };
+        // A tmpfs that others use may be full before its share is.
+        match self.keep_in(true, data) {
+            Err(ScratchError::Cap { .. } | ScratchError::Floor) => self.keep_in(false, data),
+            Err(ScratchError::Io(error)) if error.kind() == io::ErrorKind::StorageFull => self.keep_in(false, data),
+            kept => kept,
+        }
+    }
+
+    fn keep_in(&self, in_memory: bool, data: &[u8]) -> Result<Block, ScratchError> {
+        let tiers = &self.tiers;
+        let offset = if in_memory { &tiers.memory } else { &tiers.file }.allocate(tiers.block)?;
         // From here on the block's drop gives the space back.
         let block = Block {
             tiers: Arc::clone(tiers),
@@ -197,6 +290,12 @@ impl Tier {
 }
 
 impl Block {
+    /// Where it is, to find it again.
+    pub(crate) fn place(&self) -> Place {
+        let slot = (self.offset / self.tiers.block) as u32;
+        Place::Block { in_memory: self.in_memory, slot, checksum: self.checksum }
+    }
+
     fn tier(&self) -> &Tier {
         if self.in_memory { &self.tiers.memory } else { &self.tiers.file }
     }

@@ -504,6 +504,21 @@ impl Draft {
         self.put_back(name, recording, false, layers);
     }
 
+    /// The bitmap that was put back last of this name is still in freeze `id` of a job, which goes on.
+    pub(crate) fn restore_frozen(&mut self, name: &str, id: Uuid, base: Option<Arc<Bits>>) {
+        if let Ok(index) = self.position(name) {
+            let bitmap = &mut self.bitmaps[index];
+            let layers = base.map_or_else(|| Layers::empty(bitmap.layers.granularity(), self.size), Layers::of);
+            bitmap.frozen = Some(Frozen { id, owner: Owner::Job, layers });
+        }
+    }
+
+    /// What is frozen of a bitmap, if it is in this freeze.
+    pub(crate) fn frozen_in(&self, name: &str, id: Uuid) -> Option<Frozen> {
+        let bitmap = &self.bitmaps[self.position(name).ok()?];
+        bitmap.frozen.clone().filter(|frozen| frozen.id == id && !bitmap.inconsistent)
+    }
+
     /// Puts a bitmap of the store back that is not to be trusted.
     pub(crate) fn restore_inconsistent(&mut self, name: String, granularity: Granularity) {
         self.put_back(name, false, true, Layers::empty(granularity, self.size));

@@ -9,10 +9,10 @@ use crate::bits::Bits;
 use crate::gate::Gate;
 use crate::inflight::{Bell, Lanes, Slots};
 use crate::live::LiveMap;
-use crate::named::{BitmapError, BitmapInfo, Draft};
+use crate::named::{BitmapError, BitmapInfo, Draft, Frozen};
 use crate::store::heat::Heat;
 use crate::store::keeper::{Keeper, Opened};
-use crate::store::{Place, StoreError};
+use crate::store::{Before, Place, StoreError};
 use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 use crate::units::ByteRange;
 use std::fmt;
@@ -109,6 +109,21 @@ impl Tracker {
             Some(keeper) => keeper.is_usable(),
             None => Err(no_store()),
         }
+    }
+
+    /// What the process before left in the store; `None` where there is none.
+    pub fn before(&self) -> Option<Before> {
+        lock(&self.control).keeper.as_ref().map(|keeper| keeper.before)
+    }
+
+    /// The run that this process is in the store; `None` where there is none.
+    pub fn run(&self) -> Option<uuid::Uuid> {
+        lock(&self.control).keeper.as_ref().map(Keeper::run)
+    }
+
+    /// What is frozen of a bitmap, if it is in this freeze: for a job that goes on after the process before it.
+    pub fn frozen(&self, name: &str, freeze: uuid::Uuid) -> Option<Frozen> {
+        self.draft().0.frozen_in(name, freeze)
     }
 
     /// Whether there may be a store at all.

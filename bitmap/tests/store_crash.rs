@@ -306,7 +306,11 @@ fn stamp(size: u64) -> Stamp {
 
 fn open(medium: &Arc<SimMedium>, maps: &SimMaps, size: u64, disk: &Arc<SimDisk>) -> Arc<Tracker> {
     let (medium, maps, disk) = (Arc::clone(medium) as _, Box::new(maps.clone()), Arc::clone(disk));
-    Tracker::open_idle(Place { medium, maps, disk: stamp(size), flush: Arc::new(move || disk.flush()) }, 1, SLOTS)
+    Tracker::open_idle(
+        Place { medium, maps, disk: stamp(size), flush: Arc::new(move || disk.flush()), resume: Vec::new() },
+        1,
+        SLOTS,
+    )
 }
 
 /// What a crash leaves, and with which numbers to look into it.

@@ -27,7 +27,13 @@ fn stamp() -> Stamp {
 
 fn open(medium: &Arc<SimMedium>, disk: Stamp) -> Arc<Tracker> {
     Tracker::open_idle(
-        Place { medium: Arc::clone(medium) as _, maps: Box::new(SimMaps::default()), disk, flush: Arc::new(|| Ok(())) },
+        Place {
+            medium: Arc::clone(medium) as _,
+            maps: Box::new(SimMaps::default()),
+            disk,
+            flush: Arc::new(|| Ok(())),
+            resume: Vec::new(),
+        },
         1,
         4,
     )

@@ -43,7 +43,13 @@ fn open(medium: &Arc<SimMedium>, maps: &SimMaps) -> Arc<Tracker> {
         name: 0,
     };
     Tracker::open_idle(
-        Place { medium: Arc::clone(medium) as _, maps: Box::new(maps.clone()), disk, flush: Arc::new(|| Ok(())) },
+        Place {
+            medium: Arc::clone(medium) as _,
+            maps: Box::new(maps.clone()),
+            disk,
+            flush: Arc::new(|| Ok(())),
+            resume: Vec::new(),
+        },
         1,
         2,
     )

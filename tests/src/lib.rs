@@ -25,3 +25,4 @@ pub mod random;
 pub mod small_fs;
 pub mod tools;
 pub mod torture;
+pub mod versions;

@@ -110,6 +110,7 @@ impl BackupAction {
         };
         action.settings.sharing = action.perf.copy_range;
         action.point.keep = action.settings.on_failure == OnFailure::Keep;
+        action.point.outlive = true;
         if action.point.keep && action.sync == SyncMode::None {
             return Err(QmpError::generic("on-failure 'keep' has no meaning with sync mode 'none'"));
         }
@@ -326,7 +327,7 @@ impl BackupAction {
         }
         let mut backup = self.backup?;
         backup.held.claim = self.destination.hand_over();
-        Some(NewJob { id: self.id?, settings: self.settings, work: Work::Backup(backup) })
+        Some(NewJob { id: self.id?, settings: self.settings, work: Work::Backup(backup), paused: false })
     }
 }
 

@@ -7,6 +7,7 @@ use super::nodes::not_found;
 use crate::job::Destination as Named;
 use crate::node::Node;
 use crate::qmp::{Arguments, QmpError};
+use crate::source::FileId;
 use crate::target::{self, CreateOptions, Format, Target, TargetError};
 use std::any::Any;
 use std::io::ErrorKind;
@@ -161,6 +162,22 @@ impl Destination {
         self.opened.0 = None;
         self.claim.take().map(|claim| Box::new(claim) as Box<dyn Any + Send + Sync>)
     }
+}
+
+/// Opens the file again that a killed process was writing, which has to be `known`: the image of that process, and no other.
+pub(super) fn reopen(
+    control: &Control,
+    path: &Path,
+    format: Option<&str>,
+    existing: bool,
+    known: Option<FileId>,
+) -> Result<Arc<dyn Target>, QmpError> {
+    let format = format_of(path, format, existing)?;
+    let target = target::reopen(path, format, &control.policy())?;
+    if known.is_none() || target.file_id() != known {
+        return Err(QmpError::generic(format!("'{}' is another file", path.display())));
+    }
+    Ok(target.into())
 }
 
 /// Refused unless both have the same number of bytes.

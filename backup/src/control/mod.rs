@@ -27,6 +27,7 @@ mod populate;
 mod queries;
 mod regions;
 mod resize;
+mod resume;
 mod sandbox;
 mod schema;
 mod shapes;

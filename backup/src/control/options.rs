@@ -219,6 +219,7 @@ pub(super) fn point_options(arguments: &mut Arguments) -> Result<PointOptions, Q
     let default = PointOptions::default();
     Ok(PointOptions {
         keep: false,
+        outlive: false,
         on_error: arguments.opt_choice("on-cbw-error", &policies)?.unwrap_or(default.on_error),
         timeout: match arguments.opt_u32("cbw-timeout")? {
             None => default.timeout,

@@ -13,6 +13,7 @@ use crate::job::Locked;
 use crate::node::Node;
 use crate::point::{Point, PointOptions, Wanted};
 use crate::qmp::{Arguments, QmpError};
+use crate::resume::{Note, Phase, Role};
 use crate::scratch::ScratchFiles;
 use blkmark_bitmap::flip::Cut;
 use blkmark_bitmap::{Granularity, PreCut};
@@ -49,6 +50,20 @@ pub(super) struct PointUse {
 }
 
 impl PointNode {
+    /// Nobody reads it yet.
+    pub(super) fn new(name: String, disk: Arc<Node>, point: Arc<Point>) -> Self {
+        Self { name, disk, point, users: Mutex::default() }
+    }
+
+    /// Nobody is to go on with it after a kill, though it takes a while to go.
+    fn forget(&self) {
+        if let Some(ledger) = self.point.ledger()
+            && let Err(error) = ledger.set_phase(Phase::Over)
+        {
+            tracing::error!(point = self.name, %error, "its ledger cannot say that it is gone");
+        }
+    }
+
     fn users(&self) -> MutexGuard<'_, Users> {
         self.users.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -136,6 +151,11 @@ impl Points {
         lock(&self.0).nodes.clone()
     }
 
+    /// Adds one that is in force.
+    pub(super) fn add(&self, node: PointNode) {
+        lock(&self.0).nodes.push(Arc::new(node));
+    }
+
     pub(super) fn find(&self, name: &str) -> Option<Arc<PointNode>> {
         lock(&self.0).nodes.iter().find(|node| node.name == name).cloned()
     }
@@ -169,9 +189,25 @@ impl Points {
             });
             disarmed.collect()
         });
+        gone.iter().for_each(|node| node.forget());
         drop(locked);
         gone.iter().for_each(|node| node.point.end());
     }
+}
+
+/// Notes what the process that comes after a kill has to know of a point.
+pub(super) fn note(name: &str, disk: &Node, point: &Point) {
+    let Some(ledger) = point.ledger() else { return };
+    let note = Note {
+        boot: ledger.haven().boot(),
+        disk: ledger.haven().disk(),
+        run: disk.tracker.run(),
+        cluster: point.cluster(),
+        options: point.options(),
+        role: Role::Point { name: name.to_owned() },
+    };
+    ledger.set_note(&note);
+    ledger.announce(note.notice());
 }
 
 impl Control {
@@ -238,7 +274,7 @@ impl Drop for Leaving {
 impl PointAction {
     pub(super) fn read_add(arguments: &mut Arguments) -> Result<Self, QmpError> {
         let (disk, name) = (arguments.string("node")?, arguments.string("name")?);
-        let options = PointOptions { keep: true, ..options::point_options(arguments)? };
+        let options = PointOptions { keep: true, outlive: true, ..options::point_options(arguments)? };
         Ok(Self::Add(AddPoint { disk, name, options, reserved: None, scratch: None, made: None }))
     }
 
@@ -283,6 +319,7 @@ impl PointAction {
     pub(super) fn in_force(self, control: &Control) -> Option<Arc<PointNode>> {
         match self {
             Self::Add(AddPoint { made: Some(node), reserved, .. }) => {
+                note(&node.name, &node.disk, &node.point);
                 lock(&control.points.0).nodes.push(node);
                 drop(reserved);
                 None
@@ -291,6 +328,7 @@ impl PointAction {
                 leaving.gone = true;
                 let node = Arc::clone(&leaving.node);
                 lock(&control.points.0).nodes.retain(|other| !Arc::ptr_eq(other, &node));
+                node.forget();
                 node.point.end();
                 Some(node)
             }
@@ -311,8 +349,7 @@ impl AddPoint {
             let point = Point::prepare_with(disk, &mut self.scratch, Wanted::All, CLUSTER, self.options)
                 .map_err(|error| QmpError::generic(error.to_string()))?;
             stage.commit(disk).arm(point.gate());
-            let (name, users) = (self.name.clone(), Mutex::default());
-            self.made = Some(Arc::new(PointNode { name, disk: Arc::clone(disk), point, users }));
+            self.made = Some(Arc::new(PointNode::new(self.name.clone(), Arc::clone(disk), point)));
         }
         Ok(())
     }

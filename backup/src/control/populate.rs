@@ -219,7 +219,7 @@ impl PopulateAction {
     pub(super) fn into_job(self) -> Option<NewJob> {
         let mut populate = self.populate?;
         populate.claim = self.claim;
-        Some(NewJob { id: self.id?, settings: self.settings, work: Work::Populate(populate) })
+        Some(NewJob { id: self.id?, settings: self.settings, work: Work::Populate(populate), paused: false })
     }
 }
 

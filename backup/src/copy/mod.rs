@@ -19,7 +19,7 @@ use std::io;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::Scope;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 pub(crate) use worker::{STEPS_A_SECOND, yield_to_others};
 use worker::{Shared, Worker};
@@ -119,7 +119,8 @@ pub fn run(
     let workers = extent.workers(chunk);
     let pace = Pace::new(point.pulse(), control, chunk, workers);
     let deal = Mutex::new(Deal::new(point, plan));
-    let shared = Shared { point, target, control, on_error, deal, pace, chunk };
+    let unreleased = Mutex::new((Vec::new(), Instant::now()));
+    let shared = Shared { point, target, control, on_error, deal, pace, chunk, unreleased };
     let failure: Mutex<Option<CopyError>> = Mutex::new(None);
     let (hired, shared, failure) = (AtomicU64::new(WORKERS.min(workers)), &shared, &failure);
     std::thread::scope(|scope| {

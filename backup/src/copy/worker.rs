@@ -14,10 +14,13 @@ use crate::target::Target;
 use blkmark_bitmap::ByteRange;
 use std::io;
 use std::sync::{Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Most runs in a hand: a worker that is told to stop finishes its hand first.
 const HAND: usize = 64;
+
+/// How often a target whose tables are in memory writes them, so that another process could go on.
+const NOTED_EVERY: Duration = Duration::from_millis(100);
 
 /// Steps of a copy whose speed is bounded, if clusters are small enough.
 pub(crate) const STEPS_A_SECOND: u64 = 10;
@@ -41,11 +44,38 @@ pub(super) struct Shared<'a> {
     pub(super) pace: Pace<'a>,
     /// Bytes of the largest hand.
     pub(super) chunk: u64,
+    /// What is in the target and not yet released, and since when.
+    pub(super) unreleased: Mutex<(Vec<ByteRange>, Instant)>,
 }
 
 impl<'a> Shared<'a> {
     pub(super) fn deal(&self) -> MutexGuard<'_, Deal<'a>> {
         self.deal.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// These are in the target. Once a killed process would take nothing of them away, the point need not keep them.
+    fn release(&self, done: &[ByteRange]) {
+        if !self.target.notes_down_later() {
+            return self.point.release(done);
+        }
+        if !self.point.is_released() {
+            return;
+        }
+        let ranges = {
+            let mut unreleased = self.unreleased.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            unreleased.0.extend_from_slice(done);
+            if unreleased.1.elapsed() < NOTED_EVERY {
+                return;
+            }
+            unreleased.1 = Instant::now();
+            std::mem::take(&mut unreleased.0)
+        };
+        // Only what was written before it.
+        match self.target.note_down() {
+            Ok(()) => self.point.release(&ranges),
+            // The point keeps it for longer; the next write, or the end, meets the error.
+            Err(error) => tracing::debug!(%error, "a target could not be noted down"),
+        }
     }
 }
 
@@ -90,6 +120,7 @@ impl<'w, 'a> Worker<'w, 'a> {
 
     fn report(&mut self) {
         if !self.done.is_empty() {
+            self.shared.release(&self.done);
             self.shared.control.done(&self.done);
             self.done.clear();
         }

@@ -47,7 +47,7 @@ pub enum Content {
 }
 
 /// A bitmap that is frozen for the job.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hold {
     /// Its name.
     pub bitmap: String,
@@ -152,7 +152,8 @@ impl Backup {
         on_error: &(dyn Fn(Side, &io::Error) -> Action + Sync),
         on_fatal: &dyn Fn(&io::Error),
     ) -> Outcome {
-        let plan = self.held.point.clusters();
+        // What is remaining is copied; what is not durable in the end is more than that.
+        let (plan, remaining) = (self.held.point.clusters(), self.held.point.remaining());
         if self.mode() == Some(BitmapMode::Always) {
             control.keep_account();
         }
@@ -163,7 +164,7 @@ impl Backup {
         self.target.set_compression(self.held.compress);
         let copied = accepted.and_then(|()| match self.held.content {
             Content::Wanted => {
-                copy::run(&self.held.point, &plan, &*self.target, control, on_error).map_err(Failure::from)
+                copy::run(&self.held.point, &remaining, &*self.target, control, on_error).map_err(Failure::from)
             }
             Content::Overwritten => self.follow(control, on_error),
         });
@@ -209,6 +210,9 @@ impl Backup {
                         control.admit(0)?;
                     }
                 }
+            }
+            if self.target.note_down().is_ok() {
+                self.held.point.release(&[cluster]);
             }
             control.add_done(cluster.len());
         }

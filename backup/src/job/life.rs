@@ -14,6 +14,7 @@ use super::work::{Far, Held, Work};
 use crate::copy::{Action, Side};
 use crate::node::Node;
 use crate::point::Point;
+use crate::resume::Phase;
 use blkmark_bitmap::{Commit, CommitError, StoreError, flip};
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -164,6 +165,10 @@ pub(super) fn finalize(jobs: &Jobs, inner: &mut Inner, key: u64) -> Spent {
 /// Tells a job's thread to come back, which it does on its own.
 fn stop(jobs: &Jobs, entry: &mut Entry, force: bool) {
     entry.cancelled = true;
+    // Whoever wanted it to end has been told that it does. What it would keep then is another matter.
+    if entry.settings.on_failure != OnFailure::Keep {
+        entry.set_phase(Phase::Over);
+    }
     match &entry.endless {
         // It ends when its point does. Unless forced, what is saved goes to the target first.
         Some((node, point)) => {
@@ -257,6 +262,10 @@ fn advance(jobs: &Jobs, inner: &mut Inner, key: u64) -> Spent {
 
 /// All threads are back: settles everything at one instant, then tells of it.
 fn conclude(jobs: &Jobs, inner: &mut Inner, members: &[u64], mut success: bool) -> Spent {
+    if success {
+        // If this process is killed, whoever finds the freeze gone knows why.
+        each(inner, members, |entry| entry.set_phase(Phase::Committing));
+    }
     if success && let Err(error) = settle(inner, members, true) {
         // The targets are whole, but the bitmaps could not follow: the next increment begins where this one did.
         success = false;
@@ -271,6 +280,10 @@ fn conclude(jobs: &Jobs, inner: &mut Inner, members: &[u64], mut success: bool) 
     if !success && let Err(error) = settle(inner, &over, false) {
         tracing::error!(%error, "what a failure leaves is not stored");
     }
+    // Before anybody hears of it.
+    each(inner, members, |entry| {
+        entry.set_phase(if kept.contains(&entry.key) { Phase::Running } else { Phase::Over });
+    });
     let mut spent = Spent::new();
     for entry in inner.entries.iter_mut().filter(|entry| members.contains(&entry.key)) {
         if kept.contains(&entry.key)
@@ -299,6 +312,9 @@ fn conclude(jobs: &Jobs, inner: &mut Inner, members: &[u64], mut success: bool) 
             abort(jobs, entry);
         }
         entry.error = failure.as_ref().map(ToString::to_string);
+        if kept.contains(key) {
+            entry.renew_note();
+        }
         match failure {
             Some(Failure::Cancelled) => events::cancelled(&jobs.events, entry),
             Some(Failure::Error(_)) | None => events::completed(&jobs.events, entry),
@@ -312,6 +328,10 @@ fn conclude(jobs: &Jobs, inner: &mut Inner, members: &[u64], mut success: bool) 
     spent
 }
 
+fn each(inner: &mut Inner, members: &[u64], change: impl FnMut(&mut Entry)) {
+    inner.entries.iter_mut().filter(|entry| members.contains(&entry.key)).for_each(change);
+}
+
 /// Whether a failed job leaves its point in time behind.
 fn keeps(entry: &Entry) -> bool {
     entry.settings.on_failure == OnFailure::Keep && entry.held.as_ref().is_some_and(Held::can_be_kept)
@@ -322,6 +342,7 @@ pub(super) fn dismiss(jobs: &Jobs, inner: &mut Inner, key: u64) -> Spent {
     if let Err(error) = settle(inner, &[key], false) {
         tracing::error!(%error, "what a failure leaves is not stored");
     }
+    each(inner, &[key], |entry| entry.set_phase(Phase::Over));
     let mut spent = Spent::new();
     if let Some(entry) = inner.entry(key) {
         if let Some(held) = entry.held.take() {

@@ -11,6 +11,7 @@
 
 pub mod backup;
 mod events;
+mod keeping;
 mod life;
 pub mod policy;
 pub mod populate;
@@ -19,6 +20,7 @@ pub mod state;
 mod work;
 
 pub use backup::{Backup, BitmapMode, Content, Destination, Failure, Hold};
+pub(crate) use keeping::Ended;
 pub(crate) use life::commit_until_done;
 pub use policy::{OnError, OnFailure};
 pub use populate::{Pattern, Populate};

@@ -5,6 +5,7 @@
 //! I/O on a target, except for closing one that is already durable; no queue thread ever takes it.
 
 use super::backup::{self, Backup, Destination, Outcome};
+use super::keeping::{Ended, Keeping};
 use super::policy::{IoStatus, OnError, OnFailure};
 use super::state::{Status, Verb};
 use super::work::{Far, Held, Kind, Work};
@@ -23,6 +24,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use thiserror::Error;
+use uuid::Uuid;
 
 /// Why a command about a job was refused. The texts are QEMU's.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -73,7 +75,7 @@ pub enum JobError {
 }
 
 /// How a job is to behave.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// Bytes a second; 0: as fast as it goes.
     pub speed: u64,
@@ -115,6 +117,13 @@ pub struct Reservation {
     taken: Arc<Mutex<HashSet<String>>>,
 }
 
+impl Reservation {
+    /// The id.
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
+}
+
 impl Drop for Reservation {
     fn drop(&mut self) {
         lock(&self.taken).remove(&self.id);
@@ -130,6 +139,8 @@ pub struct NewJob {
     pub settings: Settings,
     /// Its work.
     pub work: Work,
+    /// It begins paused.
+    pub paused: bool,
 }
 
 /// A job, as everybody but its own thread sees it.
@@ -163,6 +174,10 @@ pub(super) struct Entry {
     /// Bytes of the disk: the length until the plan is known, and of an endless job.
     pub(super) size: u64,
     pub(super) error: Option<String>,
+    /// The freeze that it holds.
+    pub(super) freeze: Option<Uuid>,
+    /// What it notes for the process that comes after a kill.
+    pub(super) keeping: Option<Keeping>,
 }
 
 impl Entry {
@@ -215,6 +230,8 @@ pub struct Jobs {
     pub(super) changed: Condvar,
     pub(super) events: Events,
     taken: Arc<Mutex<HashSet<String>>>,
+    /// Jobs that ended with the process before this one.
+    pub(super) ended: Mutex<Vec<Ended>>,
     /// For threads that act on their own.
     pub(super) me: Weak<Self>,
 }
@@ -237,6 +254,7 @@ impl Jobs {
             changed: Condvar::new(),
             events,
             taken: Arc::default(),
+            ended: Mutex::default(),
             me: Weak::clone(me),
         })
     }
@@ -249,6 +267,8 @@ impl Jobs {
         if !lock(&self.taken).insert(id.to_owned()) {
             return Err(JobError::IdInUse(id.to_owned()));
         }
+        // One that is only shown gives way.
+        let _ = self.dismiss_ended(id);
         Ok(Reservation { id: id.to_owned(), taken: Arc::clone(&self.taken) })
     }
 
@@ -293,6 +313,7 @@ impl Jobs {
         }
         entry.user_paused = true;
         entry.control.pause();
+        entry.renew_note();
         if entry.status == Status::Running {
             self.set_status(entry, Status::Paused);
         }
@@ -312,7 +333,9 @@ impl Jobs {
     }
 
     pub(super) fn wake(&self, entry: &mut Entry) {
-        entry.user_paused = false;
+        if std::mem::take(&mut entry.user_paused) {
+            entry.renew_note();
+        }
         entry.control.resume();
         if entry.status == Status::Paused {
             self.set_status(entry, Status::Running);
@@ -326,6 +349,7 @@ impl Jobs {
             let speed = u64::try_from(speed).map_err(|_| JobError::Speed)?;
             entry.speed = speed;
             entry.control.set_speed(speed);
+            entry.renew_note();
             Ok(())
         })
     }
@@ -340,6 +364,7 @@ impl Jobs {
             // Its settings too: `job-retry` goes on with them.
             entry.settings.guest_latency = limit;
             entry.control.set_guest_latency(limit);
+            entry.renew_note();
             Ok(())
         })
     }
@@ -352,7 +377,10 @@ impl Jobs {
     /// Forgets a concluded job.
     pub fn dismiss(&self, id: &str) -> Result<(), JobError> {
         let mut inner = lock(&self.inner);
-        let entry = inner.by_id(id)?;
+        let entry = match inner.by_id(id) {
+            Err(JobError::NotFound) => return self.dismiss_ended(id),
+            found => found?,
+        };
         entry.accept(Verb::Dismiss)?;
         entry.is_idle()?;
         let key = entry.key;
@@ -411,6 +439,11 @@ impl Jobs {
         Ok(())
     }
 
+    /// The freezes that jobs hold.
+    pub(crate) fn freezes(&self) -> Vec<Uuid> {
+        lock(&self.inner).entries.iter().filter_map(|entry| entry.freeze).collect()
+    }
+
     /// `query-jobs`.
     pub fn query(&self) -> Value {
         let inner = lock(&self.inner);
@@ -430,7 +463,7 @@ impl Jobs {
             }
             Value::Object(info)
         });
-        shown.collect()
+        shown.chain(self.ended().iter().map(Ended::info)).collect()
     }
 
     /// `query-block-jobs`.
@@ -458,7 +491,7 @@ impl Jobs {
             }
             info
         });
-        shown.collect()
+        shown.chain(self.ended().iter().map(Ended::block_info)).collect()
     }
 
     /// Cancels every job, and returns when all are over and their bitmaps reclaimed. No new ones are accepted.
@@ -558,15 +591,49 @@ impl Locked<'_> {
         let Some(Held::Backup(held)) = entry.held.take() else { return };
         // A job of its own in all but its id: whoever watches sees `concluded` become `created`.
         let work = Work::Backup(Backup { held: backup::Held { destination, claim, compress, ..held }, target });
-        self.start(vec![NewJob { id: entry.reservation, settings: entry.settings, work }], false);
+        self.start(vec![NewJob { id: entry.reservation, settings: entry.settings, work, paused: false }], false);
+    }
+
+    /// Puts back a job that had failed, with the point that is kept for another try.
+    pub(crate) fn put_back(&mut self, id: Reservation, settings: Settings, held: backup::Held, error: Option<String>) {
+        let inner = &mut *self.inner;
+        let key = inner.next_key;
+        inner.next_key += 1;
+        let keeping = Keeping::of_kept(&id, &settings, &held, error.clone());
+        let entry = Entry {
+            reservation: id,
+            key,
+            kind: Kind::Backup,
+            group: None,
+            speed: settings.speed,
+            settings,
+            control: Arc::new(CopyControl::default()),
+            status: Status::Concluded,
+            user_paused: false,
+            io_status: IoStatus::Ok,
+            stops: 0,
+            cancelled: false,
+            failing: false,
+            outcome: None,
+            size: held.point.size(),
+            freeze: held.hold.as_ref().map(|hold| hold.freeze),
+            held: Some(Held::Backup(held)),
+            retrying: false,
+            far: Far::Nothing,
+            endless: None,
+            error,
+            keeping,
+        };
+        inner.entries.insert(0, entry);
     }
 
     /// Starts jobs whose freezes and gates are in force, as one group if `grouped`.
     pub fn start(&mut self, new: Vec<NewJob>, grouped: bool) {
         let inner = &mut *self.inner;
         let group = (grouped && new.len() > 1).then_some(inner.next_key);
+        let members = group.map(|_| (Uuid::new_v4(), new.len()));
         inner.threads.retain(|thread| !thread.is_finished());
-        let mut ready = Vec::new();
+        let (mut ready, mut paused) = (Vec::new(), Vec::new());
         for job in new {
             let key = inner.next_key;
             inner.next_key += 1;
@@ -574,6 +641,10 @@ impl Locked<'_> {
             control.set_speed(job.settings.speed);
             control.set_guest_latency(job.settings.guest_latency);
             control.set_sharing(job.settings.sharing);
+            let keeping = Keeping::of(&job, members);
+            if job.paused {
+                paused.push(key);
+            }
             let work = job.work;
             let mut entry = Entry {
                 reservation: job.id,
@@ -596,6 +667,8 @@ impl Locked<'_> {
                 endless: work.endless(),
                 size: work.size(),
                 error: None,
+                freeze: work.freeze(),
+                keeping,
             };
             self.jobs.set_status(&mut entry, Status::Created);
             inner.entries.insert(0, entry);
@@ -604,6 +677,9 @@ impl Locked<'_> {
         for (key, work) in ready.into_iter().rev() {
             if let Some(entry) = inner.entry(key) {
                 self.jobs.set_status(entry, Status::Running);
+                if paused.contains(&key) {
+                    self.jobs.rest(entry);
+                }
                 match life::launch(self.jobs, entry, work) {
                     Ok(thread) => inner.threads.push(thread),
                     Err(unborn) => self.spent.push(life::finish(self.jobs, inner, key, unborn.0, unborn.1)),

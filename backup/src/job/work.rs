@@ -13,6 +13,7 @@ use crate::target::Target;
 use blkmark_bitmap::{Bits, Commit, Granularity};
 use std::io;
 use std::sync::{Arc, Weak};
+use uuid::Uuid;
 
 /// The type of a job. The names are QEMU's, that of `Populate` from its proposal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +76,14 @@ impl Work {
         match self {
             Work::Backup(_) => Kind::Backup,
             Work::Populate(_) => Kind::Populate,
+        }
+    }
+
+    /// The freeze that it holds.
+    pub(super) fn freeze(&self) -> Option<Uuid> {
+        match self {
+            Work::Backup(backup) => backup.held.hold.as_ref().map(|hold| hold.freeze),
+            Work::Populate(populate) => Some(populate.frozen.id()),
         }
     }
 

@@ -44,6 +44,8 @@ impl Point {
             // Whole units are kept.
             cluster: cluster.max(self.cbw.unit()),
             keep: self.keep,
+            ledger: None,
+            left: Mutex::default(),
             pre_cut: Mutex::new(super::lock(&self.pre_cut).clone()),
             view: Some(View { of: Arc::clone(self), plan, lease: Mutex::new(Some(lease)) }),
         })

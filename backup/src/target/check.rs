@@ -50,16 +50,16 @@ pub(super) struct Usage {
     pub blocks: Vec<u64>,
 }
 
-/// The inner error is the reason for a refusal.
-pub(super) fn check(bytes: &Bytes, header: &Header) -> io::Result<Result<Usage, String>> {
-    match check_all(bytes, header) {
+/// The inner error is the reason for a refusal. `counted`: all that is in use must be counted.
+pub(super) fn check(bytes: &Bytes, header: &Header, counted: bool) -> io::Result<Result<Usage, String>> {
+    match check_all(bytes, header, counted) {
         Ok(usage) => Ok(Ok(usage)),
         Err(Fault::Io(e)) => Err(e),
         Err(Fault::Damaged(reason)) => Ok(Err(reason)),
     }
 }
 
-fn check_all(bytes: &Bytes, header: &Header) -> Result<Usage, Fault> {
+fn check_all(bytes: &Bytes, header: &Header, counted: bool) -> Result<Usage, Fault> {
     let geometry = header.geometry;
     let cluster_size = geometry.cluster();
     if header.snapshots > 0 {
@@ -89,7 +89,9 @@ fn check_all(bytes: &Bytes, header: &Header) -> Result<Usage, Fault> {
             }
         }
     }
-    check.counted(&blocks)?;
+    if counted {
+        check.counted(&blocks)?;
+    }
     let mut counts = Counts::default();
     for (cluster, uses) in check.uses.iter().enumerate() {
         for _ in 0..users(*uses) {

@@ -105,6 +105,11 @@ impl Draft {
         Ok(())
     }
 
+    /// Its name may not be durable yet: it was made by a process that was killed.
+    pub fn renew_name(&mut self) {
+        *self.replaced.get_mut() = true;
+    }
+
     /// It became an image: it stays.
     pub fn keep(&mut self) {
         self.doomed = false;

@@ -5,7 +5,7 @@
 //! refused here, with a reason. Source: the qcow2 specification (QEMU `docs/interop/qcow2.txt`).
 
 use super::bytes::Bytes;
-use super::mark::{FEATURES_AT, UNFINISHED_BIT};
+use super::mark::{FEATURES_AT, MARK, UNFINISHED_BIT};
 use super::qcow2::Geometry;
 use std::io;
 
@@ -25,6 +25,8 @@ const NAME_ENTRY: usize = 48;
 pub(super) enum Access {
     Read,
     Write,
+    /// To go on writing what a process left that was killed at it: it may bear the mark.
+    Resume,
 }
 
 /// A header that passed.
@@ -60,7 +62,7 @@ fn judge(raw: &[u8; LENGTH], access: Access) -> Result<Header, String> {
     let version = be32(raw, 4);
     match (version, access) {
         (3, _) | (2, Access::Read) => {}
-        (2, Access::Write) => {
+        (2, Access::Write | Access::Resume) => {
             return Err("qcow2 version 2 cannot be written; upgrade it with 'qemu-img amend -o compat=1.1'".into());
         }
         _ => return Err(format!("Unsupported qcow2 version {version}")),
@@ -103,13 +105,14 @@ fn judge(raw: &[u8; LENGTH], access: Access) -> Result<Header, String> {
 }
 
 fn refuse_features(features: u64, access: Access) -> Result<(), String> {
+    let features = if access == Access::Resume { features & !MARK } else { features };
     let has = |bit: u32| features & (1 << bit) != 0;
     if has(UNFINISHED_BIT) {
         return Err("Image is an unfinished backup: its writer did not come to the end".into());
     }
     if has(1) {
         return Err(match access {
-            Access::Write => "qcow2: Image is corrupt; cannot be opened read/write".into(),
+            Access::Write | Access::Resume => "qcow2: Image is corrupt; cannot be opened read/write".into(),
             Access::Read => "qcow2: Image is corrupt".into(),
         });
     }

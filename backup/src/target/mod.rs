@@ -82,6 +82,17 @@ pub trait Target: Send + Sync {
         false
     }
 
+    /// Everything written so far is found again by whoever opens the file after this process was killed. Whether that takes
+    /// anything: see [`Target::notes_down_later`].
+    fn note_down(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Whether [`Target::note_down`] is work, and not to be called for each write.
+    fn notes_down_later(&self) -> bool {
+        false
+    }
+
     /// Returns when everything written so far is durable. An error is final: later calls fail too.
     fn flush(&self) -> io::Result<()>;
 
@@ -285,6 +296,14 @@ pub fn create(
     match format {
         Format::Raw => Ok(Box::new(raw::RawTarget::create(path, options, policy)?)),
         Format::Qcow2 => Ok(Box::new(qcow2::Qcow2Target::create(path, options, policy)?)),
+    }
+}
+
+/// Opens the image that a killed process was writing, to go on with it: what it had noted down is in it.
+pub(crate) fn reopen(path: &Path, format: Format, policy: &Policy) -> Result<Box<dyn Target>, TargetError> {
+    match format {
+        Format::Raw => Ok(Box::new(raw::RawTarget::reopen(path, policy)?)),
+        Format::Qcow2 => Ok(Box::new(qcow2::Qcow2Target::reopen(path, policy)?)),
     }
 }
 

@@ -36,6 +36,13 @@ impl RawTarget {
         Ok(Self::new(draft, size, false, path))
     }
 
+    /// Opens what a killed process was writing.
+    pub fn reopen(path: &Path, policy: &Policy) -> Result<Self, TargetError> {
+        let mut target = Self::open(path, policy)?;
+        target.draft.renew_name();
+        Ok(target)
+    }
+
     /// Makes a sparse file of the wanted size, or takes a block device as it is.
     pub fn create(path: &Path, options: &CreateOptions, policy: &Policy) -> Result<Self, TargetError> {
         if options.backing.is_some() {

@@ -5,6 +5,7 @@
 //! the errno, which is kept aside here ([`keeping_errno`]).
 
 use super::bytes::Bytes;
+use super::mark::{FEATURES_AT, MARK};
 use imago::Storage;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::storage::PreallocateMode;
@@ -41,13 +42,20 @@ fn noted<T>(result: io::Result<T>) -> io::Result<T> {
 pub(super) struct ImageFile {
     bytes: Arc<Bytes>,
     name: String,
+    /// Whether the mark of an unfinished image is left out of what is read.
+    without_mark: bool,
     helper: CommonStorageHelper,
 }
 
 impl ImageFile {
     /// `name` is for messages.
     pub fn new(bytes: Arc<Bytes>, name: String) -> Self {
-        Self { bytes, name, helper: CommonStorageHelper::default() }
+        Self { bytes, name, without_mark: false, helper: CommonStorageHelper::default() }
+    }
+
+    /// The same file, as it would be without the mark of an unfinished image: for who goes on writing it.
+    pub fn without_mark(self) -> Self {
+        Self { without_mark: true, ..self }
     }
 
     /// The descriptor, to ask for holes.
@@ -75,6 +83,14 @@ impl Storage for ImageFile {
     unsafe fn pure_readv(&self, bufv: IoVectorMut<'_>, mut offset: u64) -> io::Result<()> {
         for mut part in bufv.into_inner() {
             noted(self.bytes.read_at(&mut part, offset))?;
+            if self.without_mark {
+                for (at, bits) in (FEATURES_AT..).zip(MARK.to_be_bytes()) {
+                    let byte = at.checked_sub(offset).and_then(|at| part.get_mut(usize::try_from(at).ok()?));
+                    if let Some(byte) = byte {
+                        *byte &= !bits;
+                    }
+                }
+            }
             offset += part.len() as u64;
         }
         Ok(())

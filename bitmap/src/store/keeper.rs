@@ -17,7 +17,7 @@ use super::record::{
     BitmapRecord, CheckpointRecord, Contents, FrozenRecord, LayersRecord, LiveRecord, MOST, Prepared, Record, SLOTS,
 };
 use super::stamp::Stamp;
-use super::{Flush, Place, reading, table};
+use super::{Before, Flush, Place, reading, table};
 use crate::bits::{Bits, words_for};
 use crate::checkpoints::{Checkpoint, CheckpointMark};
 use crate::layers::Layers;
@@ -141,6 +141,8 @@ pub(crate) struct Keeper {
     synced: Option<(u64, ObjectRef)>,
     decided: Option<Uuid>,
     condition: Condition,
+    /// What the process before left.
+    pub(crate) before: Before,
 }
 
 /// A store that was opened: who writes it, and what was in it.
@@ -153,7 +155,7 @@ pub(crate) struct Opened {
 
 impl Keeper {
     fn new(place: Place) -> Self {
-        let Place { medium, maps, disk, flush } = place;
+        let Place { medium, maps, disk, flush, resume: _ } = place;
         Self {
             medium,
             maps,
@@ -170,13 +172,14 @@ impl Keeper {
             synced: None,
             decided: None,
             condition: Condition::Absent,
+            before: Before::Nothing,
         }
     }
 
     /// Opens what is there, brings it up to date and begins a run. Never fails: what is wrong with the store is not the
     /// disk's affair, and shows in the bitmaps.
     pub(crate) fn open(place: Place) -> Opened {
-        let disk = place.disk;
+        let (disk, resume) = (place.disk, place.resume.clone());
         let mut keeper = Self::new(place);
         let mut draft = Draft::new(disk.size);
         let nothing = |keeper, draft| Opened { keeper, draft, generation: 0, live: None };
@@ -187,6 +190,7 @@ impl Keeper {
         let (record, stale) = match reading::slots(&*keeper.medium) {
             Slots::Fresh => return nothing(keeper, draft),
             Slots::Newer(version) => {
+                keeper.before = Before::Other;
                 tracing::error!(store, version, "a newer blkmark made this store; it is left alone");
                 keeper.condition = Condition::Off(format!(
                     "The bitmap store '{store}' has version {version}: use that blkmark, or move the store away"
@@ -194,6 +198,7 @@ impl Keeper {
                 return nothing(keeper, draft);
             }
             Slots::Damaged(reason) => {
+                keeper.before = Before::Other;
                 match keeper.medium.put_aside() {
                     Ok(aside) => tracing::error!(
                         store,
@@ -212,7 +217,11 @@ impl Keeper {
             }
             Slots::Found(record, stale) => (*record, stale),
         };
-        let reading = reading::read(&*keeper.medium, &record, Some(&disk), &mut *keeper.maps);
+        let reading = reading::read_to_resume(&*keeper.medium, &record, Some(&disk), &mut *keeper.maps, &resume);
+        keeper.before = match reading.how {
+            How::Killed => Before::Killed(record.run),
+            How::Clean | How::PowerCut { .. } | How::Unknown => Before::Other,
+        };
         keeper.store = record.store;
         keeper.sequence = record.sequence;
         keeper.next_object = record.next_object.max(reading.number + 1);
@@ -248,6 +257,10 @@ impl Keeper {
                 Ok(dirty) => {
                     know(dirty);
                     draft.restore(bitmap.name.clone(), bitmap.granularity, bitmap.recording, dirty.bits.clone());
+                    if let (Some(id), Some(set)) = (bitmap.frozen, &bitmap.set) {
+                        know(set);
+                        draft.restore_frozen(&bitmap.name, id, set.bits.clone());
+                    }
                 }
                 Err(_) => draft.restore_inconsistent(bitmap.name.clone(), bitmap.granularity),
             }
@@ -345,6 +358,11 @@ impl Keeper {
 
     fn error(&self, error: &io::Error) -> StoreError {
         StoreError::Write { store: self.medium.name(), reason: reason(error) }
+    }
+
+    /// The process that writes it.
+    pub(crate) fn run(&self) -> Uuid {
+        self.run
     }
 
     /// Where it is.
@@ -780,7 +798,7 @@ fn tell(store: &str, record: &Record, reading: &Reading) {
         if let Err(reason) = &bitmap.dirty {
             tracing::warn!(store, bitmap = bitmap.name, reason, "the bitmap is inconsistent");
         }
-        if let Some(freeze) = bitmap.frozen {
+        if let Some(freeze) = bitmap.frozen.filter(|_| bitmap.set.is_none()) {
             tracing::warn!(store, bitmap = bitmap.name, %freeze, "a freeze ended with the process: reclaimed");
         }
     }

@@ -48,4 +48,17 @@ pub struct Place {
     pub disk: Stamp,
     /// Flushes it.
     pub flush: Flush,
+    /// Freezes of jobs that somebody may go on with, if the process before was killed. All others end.
+    pub resume: Vec<uuid::Uuid>,
+}
+
+/// What a process that was killed before this one left in the store, as far as it matters to those who go on with its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Before {
+    /// No record: nothing was persistent.
+    Nothing,
+    /// It was killed while this run was in force, and nothing that it marked is lost.
+    Killed(uuid::Uuid),
+    /// It ended in another way, or the store was not to be trusted.
+    Other,
 }

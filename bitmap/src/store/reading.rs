@@ -114,8 +114,10 @@ pub struct FoundBitmap {
     pub granularity: Granularity,
     /// Whether it records.
     pub recording: bool,
-    /// The freeze that ended with the process; what was frozen is among the bits again.
+    /// The freeze that ended with the process; what was frozen is among the bits again, unless it is in `set`.
     pub frozen: Option<Uuid>,
+    /// What is frozen still, since its freeze may be gone on with.
+    pub set: Option<Dirty>,
     /// Its bits, or why it is inconsistent.
     pub dirty: Result<Dirty, String>,
 }
@@ -151,11 +153,24 @@ pub struct Reading {
 struct Reader<'a> {
     medium: &'a dyn Medium,
     record: &'a Record,
+    /// Freezes that do not end here.
+    resume: &'a [Uuid],
     objects: HashMap<u64, Result<Arc<Bits>, String>>,
 }
 
-/// Reads all that `record` names. `disk`: the disk as it is now, if it is known; `run_maps`: what was left on tmpfs.
+/// Reads all that `record` names. `disk`: the disk as it is now, if it is known; `maps`: what was left on tmpfs.
 pub fn read(medium: &dyn Medium, record: &Record, disk: Option<&Stamp>, maps: &mut dyn Maps) -> Reading {
+    read_to_resume(medium, record, disk, maps, &[])
+}
+
+/// The same; freezes of jobs that are among `resume` go on if the process was killed and nothing is lost.
+pub fn read_to_resume(
+    medium: &dyn Medium,
+    record: &Record,
+    disk: Option<&Stamp>,
+    maps: &mut dyn Maps,
+    resume: &[Uuid],
+) -> Reading {
     let names = medium.list().unwrap_or_default();
     let files: Vec<(u64, u64)> = names.iter().filter_map(|name| object::parse_file(name)).collect();
     let tables = names.iter().filter_map(|name| table::parse_file(name));
@@ -168,7 +183,7 @@ pub fn read(medium: &dyn Medium, record: &Record, disk: Option<&Stamp>, maps: &m
         tracing::warn!(store = medium.name(), %error, "could not look for live maps");
     }
     let generation = maps.maps.iter().map(|map| map.head.generation).chain([record.generation]).max().unwrap_or(0);
-    let mut reader = Reader { medium, record, objects: HashMap::new() };
+    let mut reader = Reader { medium, record, resume, objects: HashMap::new() };
     let contents = reader.contents();
     let older = files.iter().any(|(_, sequence)| *sequence > record.sequence + 1);
     let distrust = match disk {
@@ -196,6 +211,9 @@ pub fn read(medium: &dyn Medium, record: &Record, disk: Option<&Stamp>, maps: &m
         };
     }
     let (how, live) = reader.live(maps);
+    if how != How::Killed {
+        reader.resume = &[];
+    }
     let bitmaps = contents.bitmaps.iter().map(|bitmap| reader.bitmap(bitmap, &live)).collect();
     let checkpoints = reader.checkpoints(contents, &live);
     Reading { how, bitmaps, checkpoints, generation, number }
@@ -220,6 +238,7 @@ impl<'a> Reader<'a> {
             granularity: bitmap.granularity,
             recording: false,
             frozen: bitmap.frozen.as_ref().map(|frozen| frozen.id),
+            set: None,
             dirty,
         }
     }
@@ -227,7 +246,10 @@ impl<'a> Reader<'a> {
     fn bitmap(&mut self, bitmap: &super::record::BitmapRecord, live: &Result<Vec<Bits>, String>) -> FoundBitmap {
         let mut found = self.inconsistent(bitmap, Err("it was found inconsistent before".to_owned()));
         if !bitmap.inconsistent {
-            let frozen = bitmap.frozen.as_ref().map(|frozen| &frozen.layers);
+            let goes_on = bitmap.frozen.as_ref().filter(|frozen| !frozen.by_client && self.resume.contains(&frozen.id));
+            // If the set cannot be read, the freeze ends, and the bitmap is inconsistent for the same reason.
+            found.set = goes_on.and_then(|frozen| self.dirty(bitmap.granularity, &[&frozen.layers], None).ok());
+            let frozen = bitmap.frozen.as_ref().filter(|_| found.set.is_none()).map(|frozen| &frozen.layers);
             let layers: Vec<&LayersRecord> = [&bitmap.layers].into_iter().chain(frozen).collect();
             found.dirty = self.dirty(bitmap.granularity, &layers, bitmap.recording.then_some(live));
             found.recording = bitmap.recording && found.dirty.is_ok();

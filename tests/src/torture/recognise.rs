@@ -1,11 +1,12 @@
 //! A daemon that was started again must have what it had: the bitmaps that outlive it, each with what it must contain, and
-//! no job that it does not know.
+//! of the jobs those that go on, which then have to give the images that were begun.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 
+use super::backups::Purpose;
 use super::marks::Op;
 use super::orders::Answer;
 use super::world::Torture;
@@ -49,8 +50,16 @@ impl Torture {
     /// Looks whether a new daemon has all that it must have, and puts away what nobody needs.
     pub fn recognise(&mut self) -> Result<()> {
         let jobs = self.must("query-jobs", json!({}))?.context("the daemon died")?;
-        let ids = jobs.as_array().into_iter().flatten().filter_map(|job| job["id"].as_str().map(str::to_owned));
-        let ids: Vec<String> = ids.collect();
+        let (ended, alive): (Vec<_>, Vec<_>) =
+            jobs.as_array().into_iter().flatten().partition(|job| job["status"] == "concluded");
+        let id_of = |job: &serde_json::Value| job["id"].as_str().unwrap_or_default().to_owned();
+        for job in ended {
+            self.log.say(format_args!("ended with the daemon: {job}"));
+            self.log.count("backups", "shown as ended by a kill", 1);
+            self.order("job-dismiss", json!({ "id": id_of(job) }))?;
+        }
+        let ids: Vec<String> = alive.into_iter().map(id_of).collect();
+        self.log.count("backups", "gone on with after a kill", ids.len() as u64);
         self.jobs_of_the_dead(&ids)?;
         let now = self.now()?;
         let shown = self.shown()?;
@@ -147,6 +156,10 @@ impl Torture {
             }
         }
         // Jobs that go on need theirs.
+        known.extend(self.active.iter().filter(|job| job.disk == disk).filter_map(|job| match &job.purpose {
+            Purpose::Full(bitmap, _) | Purpose::MirrorFull(bitmap) => Some(bitmap.clone()),
+            Purpose::Increment(_) | Purpose::Mirror => None,
+        }));
         let busy = |bitmap: &Shown| bitmap.busy;
         for (name, bitmap) in shown.iter().filter(|(name, bitmap)| !known.contains(name) && !busy(bitmap)) {
             self.log.say(format_args!("disk {disk} has {name}, which nobody needs: {bitmap:?}"));

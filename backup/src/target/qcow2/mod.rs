@@ -116,15 +116,27 @@ impl Qcow2Target {
 
     /// Opens an existing image; it is marked at the first write.
     pub fn open(path: &Path, policy: &Policy) -> Result<Self, TargetError> {
+        Self::open_for(path, policy, Access::Write)
+    }
+
+    /// Opens an image that a killed process was writing: its tables lead to data that is in the file, its refcounts say nothing.
+    pub fn reopen(path: &Path, policy: &Policy) -> Result<Self, TargetError> {
+        let mut target = Self::open_for(path, policy, Access::Resume)?;
+        target.draft.renew_name();
+        Ok(target)
+    }
+
+    fn open_for(path: &Path, policy: &Policy, access: Access) -> Result<Self, TargetError> {
         let failed = |source| TargetError::Open { path: path.to_owned(), source };
         let draft = Draft::existing(path, policy)?;
-        let header = header::examine(&draft.bytes, Access::Write)
+        let header = header::examine(&draft.bytes, access)
             .map_err(failed)?
             .map_err(|reason| TargetError::refused(path, reason))?;
-        let usage = check::check(&draft.bytes, &header)
+        let usage = check::check(&draft.bytes, &header, access != Access::Resume)
             .map_err(failed)?
             .map_err(|reason| TargetError::refused(path, reason))?;
         let look = ImageFile::new(Arc::clone(&draft.bytes), path.display().to_string());
+        let look = if access == Access::Resume { look.without_mark() } else { look };
         let look = keeping_errno(|| Qcow2::<ImageFile>::open_image(look, false)).map_err(failed)?;
         let mut strict = policy.clone();
         strict.forbidden.push(draft.bytes.id());
@@ -135,8 +147,14 @@ impl Qcow2Target {
         let geometry = header.geometry;
         let tables = Tables::read(&draft.bytes, geometry, header.l1_offset, header.l1_entries).map_err(failed)?;
         let len = draft.bytes.len().map_err(failed)?;
-        let space = Space::existing(&header, usage.counts, &usage.blocks, len);
-        let state = State { tables, space, mark: Mark::default() };
+        let mut space = Space::existing(&header, usage.counts, &usage.blocks, len);
+        let mut mark = Mark::default();
+        if access == Access::Resume {
+            // It bears the mark, or bears it from now on: either way its end has to write all that the one before did not.
+            mark.set(&draft.bytes).map_err(failed)?;
+            space.count_anew(&draft.bytes).map_err(failed)?;
+        }
+        let state = State { tables, space, mark };
         Ok(Self::new(state, draft, geometry, backing, false, path))
     }
 
@@ -233,9 +251,17 @@ impl Target for Qcow2Target {
         self.zero_part(tail.0, tail.1 - tail.0)
     }
 
+    /// Tables lead to data that is in the file; refcounts are found out by whoever goes on (`check`).
+    fn note_down(&self) -> io::Result<()> {
+        self.state()?.tables.flush(self.bytes())
+    }
+
+    fn notes_down_later(&self) -> bool {
+        true
+    }
+
     fn flush(&self) -> io::Result<()> {
-        let mut state = self.state()?;
-        state.tables.flush(self.bytes())?;
+        self.note_down()?;
         self.bytes().sync()
     }
 

@@ -103,6 +103,21 @@ impl Space {
         space
     }
 
+    /// No count in the file is to be believed: all are written at the end, in blocks that have their place from now on.
+    pub fn count_anew(&mut self, bytes: &Bytes) -> io::Result<()> {
+        self.dirty.fill(true);
+        self.table_dirty = true;
+        self.free = Free::default();
+        // Not used: what it is for is that blocks count all before it.
+        self.grow_from(bytes, 0, 1)?;
+        for cluster in 0..self.frontier {
+            if self.counts.get(cluster) == 0 {
+                self.free.insert(cluster);
+            }
+        }
+        Ok(())
+    }
+
     fn per_block(&self) -> u64 {
         self.geometry.cluster() << 3 >> self.refcount_order
     }

@@ -64,7 +64,11 @@ struct Left {
 }
 
 fn open(medium: &Arc<Memory>, maps: Box<dyn Maps>) -> Arc<Tracker> {
-    Tracker::open_idle(Place { medium: Arc::clone(medium) as _, maps, disk: stamp(), flush: Arc::new(|| Ok(())) }, 1, 4)
+    Tracker::open_idle(
+        Place { medium: Arc::clone(medium) as _, maps, disk: stamp(), flush: Arc::new(|| Ok(())), resume: Vec::new() },
+        1,
+        4,
+    )
 }
 
 /// One write of a guest, from admission to its end. It is never refused and never hangs.

@@ -1,0 +1,521 @@
+//! The ledger of a point in time: where each unit that was overwritten is in scratch, and which units the target holds.
+//!
+//! A file on tmpfs, made in full length and sparse, written at fixed places: what a killed process wrote of it is there, and
+//! no place is ever needed twice. Every place carries a checksum over itself, its number and the point's id, and what was never
+//! written is zero.
+//!
+//! | at | bytes | what |
+//! |---|---|---|
+//! | 0 | 8, 4, 4 | magic `BLKMKLDG`, version, CRC-32 of bytes 16 to 80 |
+//! | 16 | 16, 16 | the point, the scratch |
+//! | 48 | 8, 8, 8, 8 | device and inode of the disk, its size, bytes of a unit |
+//! | 2048 | 8 | the phase |
+//! | 4096 | 16 for each 64 units | which of them the target holds (8), CRC-32 (4), 0 (4) |
+//! | next page | 16 for each unit | kind and place in scratch (4), CRC-32 of the data (4), CRC-32 (4), 0 (4) |
+//!
+//! A place never crosses a page, so a kill leaves it whole: the kernel looks for signals between pages.
+
+#[cfg(test)]
+mod tests;
+
+use super::{Haven, Kind, Note, Notice};
+use crate::source::FileId;
+use blkmark_bitmap::{Bits, ByteRange, Granularity};
+use rustix::fs::SeekFrom;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use uuid::Uuid;
+
+const MAGIC: &[u8; 8] = b"BLKMKLDG";
+const VERSION: u32 = 1;
+const HEADER: usize = 80;
+const PHASE_AT: u64 = 2048;
+const PAGE: u64 = 4096;
+const PLACE: u64 = 16;
+/// Units that one place of the first table tells of.
+const GROUP: u64 = 64;
+/// Places written or read at once.
+const BATCH: usize = 4096;
+
+/// How far the job of a point has come. The values are such that no flipped bit makes one of another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub(crate) enum Phase {
+    /// The point is in force.
+    Running = 0x5d1e_0a37_c4b8_9601,
+    /// All is in the target, durably, and what that means for bitmaps is being committed.
+    Committing = 0x2f93_6ce0_187d_b5aa,
+    /// It is over.
+    Over = 0xb86a_15f4_e32c_0d77,
+    /// It cannot be read any more, since old data could not be kept.
+    Broken = 0x71c7_d80b_5f46_ea1c,
+}
+
+impl Phase {
+    fn of(word: u64) -> Option<Self> {
+        [Phase::Running, Phase::Committing, Phase::Over, Phase::Broken].into_iter().find(|phase| *phase as u64 == word)
+    }
+}
+
+/// Where a saved unit is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Place {
+    /// Nowhere: it was all zero.
+    Zero,
+    /// In a block of scratch.
+    Block {
+        /// Of its memory, not of its file.
+        in_memory: bool,
+        /// Which one.
+        slot: u32,
+        /// CRC-32 of the data.
+        checksum: u32,
+    },
+}
+
+const SLOT: u32 = (1 << 30) - 1;
+
+impl Place {
+    fn words(self) -> (u32, u32) {
+        match self {
+            Place::Zero => (1 << 30, 0),
+            Place::Block { in_memory, slot, checksum } => {
+                ((if in_memory { 2 } else { 3 }) << 30 | slot & SLOT, checksum)
+            }
+        }
+    }
+
+    fn of(word: u32, checksum: u32) -> Option<Self> {
+        match (word >> 30, word & SLOT) {
+            (1, 0) if checksum == 0 => Some(Place::Zero),
+            (kind @ (2 | 3), slot) => Some(Place::Block { in_memory: kind == 2, slot, checksum }),
+            _ => None,
+        }
+    }
+}
+
+/// What a ledger is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Plan {
+    /// The scratch that its units are in.
+    pub(crate) scratch: Uuid,
+    pub(crate) disk: FileId,
+    pub(crate) size: u64,
+    pub(crate) unit: Granularity,
+}
+
+impl Plan {
+    fn units(&self) -> u64 {
+        self.unit.bits_for(self.size)
+    }
+
+    fn groups(&self) -> u64 {
+        self.units().div_ceil(GROUP)
+    }
+
+    /// Where the second table begins.
+    fn saved_at(&self) -> u64 {
+        (PAGE + self.groups() * PLACE).next_multiple_of(PAGE)
+    }
+
+    fn len(&self) -> u64 {
+        self.saved_at() + self.units() * PLACE
+    }
+
+    fn header(&self, id: Uuid) -> [u8; HEADER] {
+        let mut body = Vec::with_capacity(HEADER - 16);
+        body.extend(id.into_bytes());
+        body.extend(self.scratch.into_bytes());
+        for word in [self.disk.device, self.disk.inode, self.size, self.unit.bytes()] {
+            body.extend(word.to_le_bytes());
+        }
+        let mut header = [0; HEADER];
+        header[..8].copy_from_slice(MAGIC);
+        header[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        header[12..16].copy_from_slice(&crc32fast::hash(&body).to_le_bytes());
+        header[16..].copy_from_slice(&body);
+        header
+    }
+}
+
+fn check(id: Uuid, kind: Kind, index: u64, body: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&id.into_bytes());
+    hasher.update(kind.name().as_bytes());
+    hasher.update(&index.to_le_bytes());
+    hasher.update(body);
+    hasher.finalize()
+}
+
+/// Both tables have places of eight bytes, their checksum and zeroes. `kind` keeps those of one out of the other.
+fn place(id: Uuid, kind: Kind, index: u64, body: [u8; 8]) -> [u8; PLACE as usize] {
+    let mut place = [0; PLACE as usize];
+    place[..8].copy_from_slice(&body);
+    place[8..12].copy_from_slice(&check(id, kind, index, &body).to_le_bytes());
+    place
+}
+
+/// The tables, as kinds for their checksums.
+const HELD: Kind = Kind::Note;
+const SAVED: Kind = Kind::Memory;
+
+struct Inner {
+    /// A bit for each unit that the target holds.
+    held: Vec<u64>,
+    /// Nobody will go on with the point after a kill, and nothing is written any more.
+    given_up: bool,
+    ended: bool,
+}
+
+/// Whether there is durable word of the point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Announced {
+    No,
+    /// It is being written.
+    Underway,
+    There,
+    /// It is being written, and to be taken away again.
+    Unwanted,
+}
+
+/// How long the end of a point waits for the word of its beginning.
+const NOTICE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// A ledger that is kept.
+pub(crate) struct Ledger {
+    haven: Haven,
+    id: Uuid,
+    plan: Plan,
+    file: File,
+    inner: Mutex<Inner>,
+    notice: Mutex<Announced>,
+    announced: Condvar,
+}
+
+impl Ledger {
+    /// A new one, of a point that is about to be in force. Until there is a note, nobody reads it.
+    pub(crate) fn create(haven: &Haven, plan: Plan) -> io::Result<Self> {
+        let id = Uuid::new_v4();
+        let file = haven.create(id, Kind::Ledger)?;
+        let held = vec![0; plan.groups() as usize];
+        // From here on its drop takes the file away.
+        let ledger = Self::of(haven, id, plan, file, held, Announced::No);
+        ledger.file.set_len(plan.len())?;
+        ledger.file.write_all_at(&plan.header(id), 0)?;
+        ledger.set_phase(Phase::Running)?;
+        Ok(ledger)
+    }
+
+    /// Goes on with one that was read.
+    pub(crate) fn reopen(haven: &Haven, loaded: Loaded) -> Self {
+        let Loaded { id, plan, file, held, .. } = loaded;
+        Self::of(haven, id, plan, file, held, Announced::There)
+    }
+
+    fn of(haven: &Haven, id: Uuid, plan: Plan, file: File, held: Vec<u64>, notice: Announced) -> Self {
+        let inner = Mutex::new(Inner { held, given_up: false, ended: false });
+        let (notice, announced) = (Mutex::new(notice), Condvar::new());
+        Self { haven: haven.clone(), id, plan, file, inner, notice, announced }
+    }
+
+    /// The point.
+    pub(crate) fn id(&self) -> Uuid {
+        self.id
+    }
+
+    /// The scratch.
+    pub(crate) fn scratch(&self) -> Uuid {
+        self.plan.scratch
+    }
+
+    /// Where it lies.
+    pub(crate) fn haven(&self) -> &Haven {
+        &self.haven
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A unit is in scratch: to be called before a write to it goes. An error: the point has to break, for the next process would
+    /// believe what is not so.
+    pub(crate) fn saved(&self, unit: ByteRange, at: Place) -> io::Result<()> {
+        let index = self.plan.unit.index(unit.start());
+        let (kind, checksum) = at.words();
+        let mut body = [0; 8];
+        body[..4].copy_from_slice(&kind.to_le_bytes());
+        body[4..].copy_from_slice(&checksum.to_le_bytes());
+        let place = place(self.id, SAVED, index, body);
+        self.write(&place, self.plan.saved_at() + index * PLACE)
+    }
+
+    /// The target holds `range`, whole units, so that a killed process takes nothing of it away: to be called before what the
+    /// point keeps of it is given up.
+    pub(crate) fn held(&self, range: ByteRange) -> io::Result<()> {
+        let units = self.plan.unit.cover(range);
+        if units.is_empty() {
+            return Ok(());
+        }
+        let mut inner = self.inner();
+        let groups = units.start / GROUP..(units.end - 1) / GROUP + 1;
+        for group in groups.clone() {
+            let (first, end) = (units.start.max(group * GROUP), units.end.min((group + 1) * GROUP));
+            let bits = u64::MAX >> (GROUP - (end - first)) << (first % GROUP);
+            inner.held[group as usize] |= bits;
+        }
+        for first in groups.clone().step_by(BATCH) {
+            let end = groups.end.min(first + BATCH as u64);
+            let mut places = Vec::with_capacity((end - first) as usize * PLACE as usize);
+            for group in first..end {
+                places.extend(place(self.id, HELD, group, inner.held[group as usize].to_le_bytes()));
+            }
+            if inner.given_up {
+                return Ok(());
+            }
+            if let Err(error) = self.file.write_all_at(&places, PAGE + first * PLACE) {
+                return self.give_up_after(&mut inner, &error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Says how far it is.
+    pub(crate) fn set_phase(&self, phase: Phase) -> io::Result<()> {
+        self.write(&(phase as u64).to_le_bytes(), PHASE_AT)
+    }
+
+    fn write(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        let mut inner = self.inner();
+        if inner.given_up {
+            return Ok(());
+        }
+        match self.file.write_all_at(bytes, at) {
+            Ok(()) => Ok(()),
+            Err(error) => self.give_up_after(&mut inner, &error),
+        }
+    }
+
+    /// The file system is full, say: the point goes on as one that ends with the process.
+    fn give_up_after(&self, inner: &mut Inner, error: &io::Error) -> io::Result<()> {
+        tracing::warn!(point = %self.id, %error, "a point in time will end with the process: its ledger cannot be written");
+        self.haven.remove(self.id, Kind::Note)?;
+        self.haven.remove(self.id, Kind::Ledger)?;
+        // What is left of it for the case of a power cut says nothing that is wrong: it goes with the point.
+        inner.given_up = true;
+        Ok(())
+    }
+
+    /// Replaces the note. If that fails, the point goes on as one that ends with the process.
+    pub(crate) fn set_note(&self, note: &Note) {
+        let mut inner = self.inner();
+        if inner.given_up {
+            return;
+        }
+        if let Err(error) = self.haven.replace(self.id, Kind::Note, &note.encode(), false)
+            && let Err(error) = self.give_up_after(&mut inner, &error)
+        {
+            tracing::error!(point = %self.id, %error, "nor can what was noted be taken away");
+        }
+    }
+
+    /// Says durably that there is such a point, on a thread of its own: the file system takes its time, and may hang.
+    pub(crate) fn announce(self: &Arc<Self>, notice: Notice) {
+        *self.notice() = Announced::Underway;
+        let ledger = Arc::clone(self);
+        let announce = move || {
+            let written = ledger.haven.replace(ledger.id, Kind::Notice, &notice.encode(), true);
+            if let Err(error) = &written {
+                tracing::warn!(point = %ledger.id, %error, "a power cut will end a job without a word");
+            }
+            let mut state = ledger.notice();
+            if *state == Announced::Unwanted {
+                ledger.remove(Kind::Notice);
+            }
+            *state = if written.is_ok() { Announced::There } else { Announced::No };
+            drop(state);
+            ledger.announced.notify_all();
+        };
+        if let Err(error) = std::thread::Builder::new().name("point-notice".to_owned()).spawn(announce) {
+            tracing::warn!(point = %self.id, %error, "a power cut will end a job without a word");
+            *self.notice() = Announced::No;
+        }
+    }
+
+    fn notice(&self) -> MutexGuard<'_, Announced> {
+        self.notice.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn remove(&self, kind: Kind) {
+        if let Err(error) = self.haven.remove(self.id, kind) {
+            tracing::warn!(point = %self.id, %error, "could not take away what a point in time had noted");
+        }
+    }
+}
+
+impl Ledger {
+    /// The point is gone: nobody will go on with it.
+    pub(crate) fn end(&self) {
+        // The phase stands in for the removal, should that fail.
+        let told = self.set_phase(Phase::Over);
+        if std::mem::replace(&mut self.inner().ended, true) {
+            return;
+        }
+        self.inner().given_up = true;
+        if let Err(error) = told {
+            tracing::warn!(point = %self.id, %error, "a ledger cannot say that its point is gone");
+        }
+        self.remove(Kind::Note);
+        self.remove(Kind::Ledger);
+        let underway = |state: &mut Announced| *state == Announced::Underway;
+        let waited = self.announced.wait_timeout_while(self.notice(), NOTICE_PATIENCE, underway);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        match *state {
+            // Whoever is at it takes it away.
+            Announced::Underway => *state = Announced::Unwanted,
+            Announced::There => {
+                *state = Announced::No;
+                drop(state);
+                self.remove(Kind::Notice);
+            }
+            Announced::No | Announced::Unwanted => {}
+        }
+    }
+}
+
+impl Drop for Ledger {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl fmt::Debug for Ledger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ledger").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+/// What a ledger says that a killed process left.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    pub(crate) id: Uuid,
+    pub(crate) plan: Plan,
+    pub(crate) phase: Phase,
+    /// The saved units that the target does not hold, by their start.
+    pub(crate) saved: Vec<(u64, Place)>,
+    held: Vec<u64>,
+    file: File,
+}
+
+fn damaged(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("{what} is damaged"))
+}
+
+fn word64(bytes: &[u8]) -> u64 {
+    bytes.try_into().map_or(0, u64::from_le_bytes)
+}
+
+fn word32(bytes: &[u8]) -> u32 {
+    bytes.try_into().map_or(0, u32::from_le_bytes)
+}
+
+impl Loaded {
+    /// All of it, or an error: a place that is not as it was written may have named what is nowhere else.
+    pub(crate) fn read(file: File, id: Uuid, disk: FileId) -> io::Result<Self> {
+        let mut header = [0; HEADER];
+        file.read_exact_at(&mut header, 0)?;
+        let uuid = |at: usize| Uuid::from_slice(&header[at..at + 16]).unwrap_or_default();
+        let word = |at: usize| word64(&header[at..at + 8]);
+        let unit = Granularity::new(word(72)).ok_or_else(|| damaged("the header"))?;
+        let found = FileId { device: word(48), inode: word(56) };
+        let plan = Plan { scratch: uuid(32), disk: found, size: word(64), unit };
+        if plan.header(id) != header || plan.size == 0 || plan.disk != disk {
+            return Err(damaged("the header"));
+        }
+        if unit.bits_for(plan.size) > u64::from(SLOT) << 2 || file.metadata()?.len() != plan.len() {
+            return Err(damaged("the length"));
+        }
+        let mut phase = [0; 8];
+        file.read_exact_at(&mut phase, PHASE_AT)?;
+        let phase = Phase::of(u64::from_le_bytes(phase)).ok_or_else(|| damaged("the phase"))?;
+        let mut loaded = Self { id, plan, phase, saved: Vec::new(), held: vec![0; plan.groups() as usize], file };
+        loaded.read_held()?;
+        loaded.read_saved()?;
+        Ok(loaded)
+    }
+
+    /// Every place of a table that is not zero, whole.
+    fn places(
+        &self,
+        (kind, at, count): (Kind, u64, u64),
+        mut found: impl FnMut(u64, [u8; 8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let end = at + count * PLACE;
+        let mut buffer = vec![0; BATCH * PLACE as usize];
+        let mut from = at;
+        while from < end {
+            // The file is mostly a hole.
+            from = match rustix::fs::seek(&self.file, SeekFrom::Data(from)) {
+                Ok(data) => data.max(from) / PLACE * PLACE,
+                Err(rustix::io::Errno::NXIO) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            };
+            if from >= end {
+                return Ok(());
+            }
+            let part = &mut buffer[..((end - from).min((BATCH as u64) * PLACE)) as usize];
+            self.file.read_exact_at(part, from)?;
+            for (i, bytes) in part.chunks_exact(PLACE as usize).enumerate() {
+                if bytes.iter().all(|byte| *byte == 0) {
+                    continue;
+                }
+                let index = (from - at) / PLACE + i as u64;
+                let body: [u8; 8] = bytes[..8].try_into().unwrap_or_default();
+                if bytes != place(self.id, kind, index, body) {
+                    return Err(damaged("a place"));
+                }
+                found(index, body)?;
+            }
+            from += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    fn read_held(&mut self) -> io::Result<()> {
+        let mut held = std::mem::take(&mut self.held);
+        self.places((HELD, PAGE, self.plan.groups()), |group, body| {
+            held[group as usize] = u64::from_le_bytes(body);
+            Ok(())
+        })?;
+        self.held = held;
+        Ok(())
+    }
+
+    fn read_saved(&mut self) -> io::Result<()> {
+        let mut saved = Vec::new();
+        self.places((SAVED, self.plan.saved_at(), self.plan.units()), |unit, body| {
+            let place = Place::of(word32(&body[..4]), word32(&body[4..])).ok_or_else(|| damaged("a place"))?;
+            if self.held[(unit / GROUP) as usize] >> (unit % GROUP) & 1 == 0 {
+                saved.push((unit * self.plan.unit.bytes(), place));
+            }
+            Ok(())
+        })?;
+        self.saved = saved;
+        Ok(())
+    }
+
+    /// The units that the target holds.
+    pub(crate) fn in_target(&self) -> Bits {
+        let mut bits = Bits::new(self.plan.unit, self.plan.size);
+        for (group, word) in self.held.iter().enumerate().filter(|(_, word)| **word != 0) {
+            for bit in (0..GROUP).filter(|bit| word >> bit & 1 != 0) {
+                let unit = group as u64 * GROUP + bit;
+                bits.set(self.plan.unit.range(unit..unit + 1, self.plan.size));
+            }
+        }
+        bits
+    }
+}

@@ -1,0 +1,81 @@
+//! A note that is read is the one that was written, or there is none.
+
+use super::*;
+
+fn notes() -> Vec<Note> {
+    let job = Member {
+        id: "job \u{e9}".to_owned(),
+        settings: Settings {
+            speed: u64::MAX,
+            auto_dismiss: false,
+            on_target_error: OnError::Enospc,
+            ..Settings::default()
+        },
+        paused: true,
+        hold: Some(Hold { bitmap: "b\"\n".to_owned(), freeze: Uuid::new_v4(), mode: BitmapMode::Always }),
+        of_bitmap: true,
+        destination: Destination::Path {
+            path: PathBuf::from(std::ffi::OsString::from_vec(b"/a/\xff\xfe".to_vec())),
+            format: Some("qcow2".to_owned()),
+            existing: true,
+        },
+        target: Some(FileId { device: 1, inode: u64::MAX }),
+        follows: false,
+        compress: true,
+        group: Some((Uuid::new_v4(), 3)),
+        error: None,
+    };
+    let kept = Member {
+        destination: Destination::Node("n".to_owned()),
+        hold: None,
+        target: None,
+        group: None,
+        error: Some("No space left on device".to_owned()),
+        ..job.clone()
+    };
+    let options = PointOptions { keep: true, on_error: cbw::OnError::BreakGuestWrite, timeout: None, outlive: true };
+    let roles = [Role::Job(Box::new(job)), Role::Job(Box::new(kept)), Role::Point { name: "p".to_owned() }];
+    let note = |role| Note {
+        boot: Uuid::new_v4(),
+        disk: FileId { device: 3, inode: 4 },
+        run: Some(Uuid::new_v4()),
+        cluster: Granularity::DEFAULT,
+        options,
+        role,
+    };
+    let mut notes: Vec<Note> = roles.into_iter().map(note).collect();
+    notes[2].options.timeout = Some(Duration::from_millis(1500));
+    notes[2].run = None;
+    notes
+}
+
+#[test]
+fn what_is_read_is_what_was_written() {
+    for note in notes() {
+        assert_eq!(Note::decode(&note.encode()), Some(note.clone()));
+        assert_eq!(Notice::decode(&note.notice().encode()), Some(note.notice()));
+    }
+}
+
+#[test]
+fn a_flipped_byte_or_a_missing_end_leaves_nothing() {
+    for note in notes() {
+        for (bytes, is_note) in [(note.encode(), true), (note.notice().encode(), false)] {
+            let reads = |bytes: &[u8]| match is_note {
+                true => Note::decode(bytes).is_some(),
+                false => Notice::decode(bytes).is_some(),
+            };
+            assert!(reads(&bytes));
+            for len in 0..bytes.len() {
+                assert!(!reads(&bytes[..len]), "{len} bytes");
+            }
+            for at in 0..bytes.len() {
+                for mask in [0x01, 0x20, 0xff] {
+                    let mut flipped = bytes.clone();
+                    flipped[at] ^= mask;
+                    assert!(!reads(&flipped), "byte {at}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,328 @@
+//! The promise: a backup that is under way when blkmark is killed goes on when it is started again, and gives the very image that was
+//! begun: the disk as of the instant of the command, although the guest wrote all the while, before, across and after the kill.
+//!
+//! The guest numbers the versions of its blocks (`versions`), so that every image is held against the instant that it is of. What
+//! cannot be gone on with is the matter of `what_cannot_go_on_says_so`.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use blkmark::frontend::Guest;
+use blkmark_tests::beside::{Stop, Worker, beside};
+use blkmark_tests::daemon::Daemon;
+use blkmark_tests::images;
+use blkmark_tests::lab::{Disk, Lab, MIB};
+use blkmark_tests::qmp::Qmp;
+use blkmark_tests::small_fs::SmallFileSystem;
+use blkmark_tests::versions::Record;
+use serde_json::{Value, json};
+
+const SIZE: u64 = 48 * MIB;
+/// Slow enough that a job is not done before it is told to hurry.
+const SLOW: u64 = 2 * MIB;
+
+/// Disks with their guests, and a daemon that is killed now and then.
+struct Stage {
+    lab: Lab,
+    disks: Vec<Disk>,
+    records: Vec<Record>,
+}
+
+/// What the story works with while the guests write.
+struct Scene<'a> {
+    stage: &'a Stage,
+    guests: Vec<Guest>,
+    daemon: Option<Daemon>,
+}
+
+/// The two looks at the records of all disks, before and after an instant.
+type Moment = (Vec<Vec<u64>>, Vec<Vec<u64>>);
+
+impl Stage {
+    fn new(disks: usize) -> Result<Stage> {
+        let lab = Lab::new()?;
+        let made: Result<Vec<_>> = (0..disks).map(|n| Record::of_new_disk(&lab, &format!("drive{n}"), SIZE)).collect();
+        let (disks, records) = made?.into_iter().unzip();
+        Ok(Stage { lab, disks, records })
+    }
+
+    /// Tells a story beside guests that write all the while; at the end the disks hold what was acknowledged.
+    fn tell(&self, story: impl FnOnce(&mut Scene<'_>) -> Result<()>) -> Result<()> {
+        let daemon = Daemon::blkmark(&self.lab, &self.disks)?;
+        let mut guests = Vec::new();
+        let mut workers = Vec::new();
+        for (n, (disk, record)) in self.disks.iter().zip(&self.records).enumerate() {
+            let mut guest = Guest::connect(&disk.socket, Record::options())?;
+            let queue = guest.take_queues().pop().context("a queue")?;
+            guests.push(guest);
+            let work = move |stop: &Stop| record.keep_writing(queue, stop, 0x9e37_79b9 + 77 * n as u64);
+            workers.push(Box::new(work) as Worker<'_>);
+        }
+        let mut scene = Scene { stage: self, guests, daemon: Some(daemon) };
+        beside(workers, || {
+            let told = story(&mut scene);
+            told.map_err(|error| match &mut scene.daemon {
+                Some(daemon) => error.context(daemon.process().log_tail()),
+                None => error,
+            })
+        })?;
+        drop(scene.guests);
+        scene.daemon.context("a daemon")?.stop()?;
+        for (disk, record) in self.disks.iter().zip(&self.records) {
+            let last = record.acknowledged();
+            record.check(&disk.path, &last, &record.issued())?;
+        }
+        ensure!(left_behind(&self.lab)?.is_empty(), "{:?}", left_behind(&self.lab)?);
+        Ok(())
+    }
+}
+
+/// Files of points in time where scratch is.
+fn left_behind(lab: &Lab) -> Result<Vec<PathBuf>> {
+    let mut left = Vec::new();
+    for entry in fs::read_dir(lab.folder())? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(".blkmark-point-") {
+            left.push(entry.path());
+        }
+    }
+    Ok(left)
+}
+
+impl Scene<'_> {
+    fn qmp(&self) -> Result<Qmp> {
+        self.daemon.as_ref().context("a daemon")?.qmp()
+    }
+
+    /// An order whose instant is somewhere between two looks at the records.
+    fn order(&self, command: &str, arguments: Value) -> Result<Moment> {
+        let mut qmp = self.qmp()?;
+        let before = self.stage.records.iter().map(Record::acknowledged).collect();
+        qmp.run(command, arguments)?;
+        Ok((before, self.stage.records.iter().map(Record::issued).collect()))
+    }
+
+    /// Kills the daemon, starts another, and lets the guests go on.
+    fn kill(&mut self) -> Result<()> {
+        self.daemon.take().context("a daemon")?.process().kill()?;
+        let daemon = Daemon::blkmark(&self.stage.lab, &self.stage.disks)?;
+        self.daemon = Some(daemon);
+        for ((guest, disk), record) in self.guests.iter_mut().zip(&self.stage.disks).zip(&self.stage.records) {
+            record.reconnect(guest, disk)?;
+        }
+        Ok(())
+    }
+
+    /// Lets all guests write for a while.
+    fn load(&self) -> Result<()> {
+        self.stage.records.iter().try_for_each(|record| record.wait_for(600))
+    }
+
+    fn job(&self, id: &str) -> Result<Value> {
+        let jobs = self.qmp()?.run("query-block-jobs", json!({}))?;
+        let found = jobs.as_array().into_iter().flatten().find(|job| job["device"] == id).cloned();
+        found.with_context(|| format!("no job {id} in {jobs}"))
+    }
+
+    /// Lets a job run as fast as it can, and waits for the success of all.
+    fn complete(&self, slow: &str, ids: &[&str]) -> Result<()> {
+        let mut qmp = self.qmp()?;
+        qmp.run("block-job-set-speed", json!({"device": slow, "speed": 0}))?;
+        ids.iter().try_for_each(|id| qmp.job_completed(id))
+    }
+
+    fn check(&self, disk: usize, image: &std::path::Path, moment: &Moment) -> Result<()> {
+        self.stage.records[disk].check(image, &moment.0[disk], &moment.1[disk])
+    }
+
+    /// An increment into a copy of the image before it, which has to make that the disk of this instant.
+    fn increment(&mut self, base: &std::path::Path, name: &str, kills: usize) -> Result<PathBuf> {
+        let image = self.stage.lab.path(name);
+        fs::copy(base, &image)?;
+        let order = json!({"job-id": "inc", "device": "drive0", "target": image, "format": "raw", "mode": "existing",
+            "sync": "incremental", "bitmap": "b", "speed": SLOW});
+        let moment = self.order("drive-backup", order)?;
+        for _ in 0..kills {
+            self.load()?;
+            self.kill()?;
+            ensure!(self.job("inc")?["status"] == "running");
+        }
+        self.complete("inc", &["inc"])?;
+        self.check(0, &image, &moment)?;
+        Ok(image)
+    }
+}
+
+fn full(target: &std::path::Path, format: &str) -> Value {
+    json!({"job-id": "full", "device": "drive0", "target": target, "format": format, "sync": "full", "speed": SLOW})
+}
+
+fn add_bitmap(scene: &Scene<'_>, disk: &str) -> Result<()> {
+    let data = json!({"node": disk, "name": "b"});
+    scene.qmp()?.run("block-dirty-bitmap-add", data).map(drop)
+}
+
+#[test]
+fn a_full_backup_and_its_increments_go_on_after_several_kills() -> Result<()> {
+    let stage = Stage::new(1)?;
+    let image = stage.lab.path("full.raw");
+    stage.tell(|scene| {
+        let data = json!({"actions": [
+            {"type": "block-dirty-bitmap-add", "data": {"node": "drive0", "name": "b"}},
+            {"type": "drive-backup", "data": full(&image, "raw")},
+        ]});
+        let moment = scene.order("transaction", data)?;
+        for _ in 0..3 {
+            scene.load()?;
+            scene.kill()?;
+            let job = scene.job("full")?;
+            ensure!(job["status"] == "running" && job["speed"] == SLOW, "{job}");
+        }
+        scene.complete("full", &["full"])?;
+        scene.check(0, &image, &moment)?;
+        scene.load()?;
+        let first = scene.increment(&image, "first.raw", 2)?;
+        scene.load()?;
+        // Its bitmap was advanced by the one that was killed, no more and no less.
+        scene.increment(&first, "second.raw", 0).map(drop)
+    })
+}
+
+#[test]
+fn qcow2_images_go_on_and_are_sound() -> Result<()> {
+    for compress in [false, true] {
+        let stage = Stage::new(1)?;
+        let (base, top) = (stage.lab.path("full.qcow2"), stage.lab.path("top.qcow2"));
+        stage.tell(|scene| {
+            add_bitmap(scene, "drive0")?;
+            let mut order = full(&base, "qcow2");
+            order["compress"] = compress.into();
+            order["bitmap"] = "b".into();
+            order["bitmap-mode"] = "on-success".into();
+            let first = scene.order("drive-backup", order)?;
+            for _ in 0..3 {
+                scene.load()?;
+                scene.kill()?;
+                ensure!(scene.job("full")?["status"] == "running");
+            }
+            scene.complete("full", &["full"])?;
+            images::assert_sound(&base)?;
+            images::create_on_top(&base, "qcow2", &top)?;
+            let order = json!({"job-id": "inc", "device": "drive0", "target": top, "format": "qcow2", "mode": "existing",
+                "sync": "incremental", "bitmap": "b", "speed": SLOW, "compress": compress});
+            let second = scene.order("drive-backup", order)?;
+            for _ in 0..2 {
+                scene.load()?;
+                scene.kill()?;
+                ensure!(scene.job("inc")?["status"] == "running");
+            }
+            scene.complete("inc", &["inc"])?;
+            images::assert_sound(&top)?;
+            scene.check(0, &images::restore(&base)?, &first)?;
+            scene.check(0, &images::restore(&top)?, &second)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_paused_backup_stays_paused() -> Result<()> {
+    let stage = Stage::new(1)?;
+    let image = stage.lab.path("full.raw");
+    stage.tell(|scene| {
+        add_bitmap(scene, "drive0")?;
+        let moment = scene.order("drive-backup", full(&image, "raw"))?;
+        scene.load()?;
+        scene.qmp()?.run("job-pause", json!({"id": "full"}))?;
+        scene.load()?;
+        scene.kill()?;
+        scene.load()?;
+        ensure!(scene.job("full")?["status"] == "paused");
+        scene.qmp()?.run("job-resume", json!({"id": "full"}))?;
+        scene.complete("full", &["full"])?;
+        scene.check(0, &image, &moment)
+    })
+}
+
+#[test]
+fn a_group_goes_on_as_a_group() -> Result<()> {
+    let stage = Stage::new(2)?;
+    let images: Vec<PathBuf> = (0..2).map(|n| stage.lab.path(&format!("full{n}.raw"))).collect();
+    stage.tell(|scene| {
+        let bitmaps = (0..2)
+            .map(|n| json!({"type": "block-dirty-bitmap-add", "data": {"node": format!("drive{n}"), "name": "b"}}));
+        scene.qmp()?.run("transaction", json!({"actions": bitmaps.collect::<Vec<_>>()}))?;
+        scene.load()?;
+        let backups = images.iter().enumerate().map(|(n, image)| {
+            json!({"type": "drive-backup", "data": {"job-id": format!("job{n}"), "device": format!("drive{n}"),
+                "target": image, "format": "raw", "sync": "full", "bitmap": "b", "bitmap-mode": "on-success",
+                "speed": SLOW}})
+        });
+        let data = json!({"actions": backups.collect::<Vec<_>>(), "properties": {"completion-mode": "grouped"}});
+        let moment = scene.order("transaction", data)?;
+        scene.load()?;
+        scene.kill()?;
+        // One waits for the other.
+        scene.qmp()?.run("block-job-set-speed", json!({"device": "job0", "speed": 0}))?;
+        while scene.job("job0")?["status"] == "running" {
+            scene.load()?;
+        }
+        ensure!(scene.job("job0")?["status"] == "waiting", "{}", scene.job("job0")?);
+        scene.kill()?;
+        scene.complete("job1", &["job0", "job1"])?;
+        scene.check(0, &images[0], &moment)?;
+        scene.check(1, &images[1], &moment)
+    })
+}
+
+#[test]
+fn a_point_in_time_and_what_reads_it_are_of_the_same_instant_after_a_kill() -> Result<()> {
+    let stage = Stage::new(1)?;
+    let image = stage.lab.path("point.raw");
+    stage.tell(|scene| {
+        add_bitmap(scene, "drive0")?;
+        scene.load()?;
+        let moment = scene.order("point-add", json!({"node": "drive0", "name": "p"}))?;
+        for _ in 0..2 {
+            scene.load()?;
+            scene.kill()?;
+        }
+        scene.load()?;
+        let order = json!({"job-id": "copy", "device": "p", "target": image, "format": "raw", "sync": "full"});
+        let mut qmp = scene.qmp()?;
+        qmp.run("drive-backup", order)?;
+        qmp.job_completed("copy")?;
+        scene.check(0, &image, &moment)?;
+        qmp.run("point-remove", json!({"name": "p"})).map(drop)
+    })
+}
+
+#[test]
+fn a_failed_backup_can_be_tried_again_after_a_kill() -> Result<()> {
+    let stage = Stage::new(1)?;
+    let small = SmallFileSystem::mount(8 * MIB)?;
+    let (full, elsewhere) = (small.folder().join("full.raw"), stage.lab.path("full.raw"));
+    stage.tell(|scene| {
+        add_bitmap(scene, "drive0")?;
+        scene.load()?;
+        let order = json!({"job-id": "full", "device": "drive0", "target": full, "format": "raw", "sync": "full",
+            "bitmap": "b", "bitmap-mode": "on-success", "on-failure": "keep"});
+        let mut qmp = scene.qmp()?;
+        let moment = scene.order("drive-backup", order)?;
+        qmp.event(|event| event.name == "BLOCK_JOB_COMPLETED" && event.data["error"].is_string())?;
+        drop(qmp);
+        scene.load()?;
+        scene.kill()?;
+        scene.load()?;
+        let jobs = scene.qmp()?.run("query-jobs", json!({}))?;
+        ensure!(jobs[0]["id"] == "full" && jobs[0]["kept"] == true && jobs[0]["status"] == "concluded", "{jobs}");
+        ensure!(jobs[0]["error"].as_str().is_some_and(|error| error.contains("No space left")), "{jobs}");
+        let mut qmp = scene.qmp()?;
+        qmp.run("job-retry", json!({"id": "full", "target": elsewhere, "format": "raw"}))?;
+        qmp.job_completed("full")?;
+        scene.check(0, &elsewhere, &moment)?;
+        scene.load()?;
+        scene.increment(&elsewhere, "increment.raw", 0).map(drop)
+    })
+}

@@ -1,0 +1,243 @@
+//! The promise: what a killed blkmark leaves of a backup and cannot be gone on with ends with a clear word. The job is shown as
+//! concluded with the reason, its bitmap is as if it had never begun, the disk is served, nothing is left behind, and
+//! nobody gets an image that is not what was ordered. That holds for every file of the backup that is gone, cut
+//! short or damaged, for a target that is gone or another, and for a machine that was started anew.
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use blkmark_tests::blkio_client::BlkioClient;
+use blkmark_tests::daemon::{Daemon, Kind};
+use blkmark_tests::lab::{Disk, Lab, MIB};
+use blkmark_tests::small_fs::SmallFileSystem;
+use serde_json::json;
+
+const SIZE: u64 = 16 * MIB;
+const UNIT: u64 = 64 << 10;
+
+struct Story {
+    lab: Lab,
+    disk: Disk,
+    tmpfs: SmallFileSystem,
+    starts: usize,
+}
+
+impl Story {
+    fn new() -> Result<Story> {
+        let lab = Lab::new()?;
+        let disk = lab.filled_disk("drive0", SIZE)?;
+        Ok(Story { lab, disk, tmpfs: SmallFileSystem::mount(96 * MIB)?, starts: 0 })
+    }
+
+    fn start(&mut self) -> Result<Daemon> {
+        self.starts += 1;
+        let (disks, control) = (std::slice::from_ref(&self.disk), format!("control-{}.sock", self.starts));
+        let runtime = self.tmpfs.folder().display().to_string();
+        Daemon::start_with(Kind::Blkmark, &self.lab, disks, &control, &["--runtime-dir", &runtime])
+    }
+
+    fn write(&self, units: impl Iterator<Item = u64>, seed: u8) -> Result<()> {
+        let mut client = BlkioClient::connect(&self.disk.socket, 1)?;
+        for unit in units {
+            client.write(unit * UNIT, &[seed ^ unit as u8; 4096])?;
+        }
+        Ok(())
+    }
+
+    /// The only file of this kind that points in time have left.
+    fn left(&self, kind: &str) -> Result<PathBuf> {
+        let found = self.all_left()?.into_iter().find(|path| path.extension().is_some_and(|end| end == kind));
+        found.with_context(|| format!("no {kind} among {:?}", self.all_left()))
+    }
+
+    fn all_left(&self) -> Result<Vec<PathBuf>> {
+        let mut left = Vec::new();
+        for directory in [self.lab.folder(), self.tmpfs.folder()] {
+            for entry in fs::read_dir(directory)? {
+                let path = entry?.path();
+                if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(".blkmark-point-")) {
+                    left.push(path);
+                }
+            }
+        }
+        Ok(left)
+    }
+
+    /// A full backup is done, and an increment is under way when the daemon is killed; then `damage` is done.
+    /// Gives the full image.
+    fn killed(&mut self, damage: impl FnOnce(&Story) -> Result<()>) -> Result<PathBuf> {
+        let mut daemon = self.start()?;
+        let mut qmp = daemon.qmp()?;
+        qmp.run("block-dirty-bitmap-add", json!({"node": "drive0", "name": "b"}))?;
+        let full = self.lab.path("full.raw");
+        let order = json!({"job-id": "full", "device": "drive0", "target": full, "format": "raw", "sync": "full",
+            "bitmap": "b", "bitmap-mode": "on-success"});
+        qmp.run("drive-backup", order)?;
+        qmp.job_completed("full")?;
+        self.write(0..200, 1)?;
+        let target = self.lab.path("increment.raw");
+        fs::copy(&full, &target)?;
+        let order = json!({"job-id": "inc", "device": "drive0", "target": target, "format": "raw", "mode": "existing",
+            "sync": "incremental", "bitmap": "b", "speed": 10 * UNIT});
+        qmp.run("drive-backup", order)?;
+        // Some of it is copied, and some of what is not is saved.
+        while qmp.run("query-block-jobs", json!({}))?[0]["offset"].as_u64() < Some(5 * UNIT) {
+            std::thread::yield_now();
+        }
+        self.write((0..SIZE / UNIT).filter(|unit| unit % 3 == 0), 2)?;
+        daemon.process().kill()?;
+        damage(self)?;
+        Ok(full)
+    }
+
+    /// It ended, for this reason; and nothing else came of it.
+    fn ends(mut self, reason: &str, damage: impl FnOnce(&Story) -> Result<()>) -> Result<()> {
+        let full = self.killed(damage)?;
+        let mut daemon = self.start()?;
+        let log = daemon.process().log();
+        let mut qmp = daemon.qmp()?;
+        let jobs = qmp.run("query-jobs", json!({}))?;
+        let error = jobs[0]["error"].as_str().unwrap_or_default().to_owned();
+        ensure!(jobs[0]["id"] == "inc" && jobs[0]["status"] == "concluded" && error.contains(reason), "{jobs}\n{log}");
+        ensure!(log.contains(reason) && log.contains("ended with the process"), "{log}");
+        let bitmap = qmp.bitmap("drive0", "b")?;
+        ensure!(bitmap["busy"] == false && bitmap.get("inconsistent").is_none(), "{bitmap}");
+        ensure!(self.all_left()?.is_empty(), "{:?}", self.all_left()?);
+        self.write((0..SIZE / UNIT).filter(|unit| unit % 7 == 0), 3)?;
+        // It gives way to a job of its name, which has to copy all that it would have, and what came since.
+        let target = self.lab.path("again.raw");
+        fs::copy(&full, &target)?;
+        let order = json!({"job-id": "inc", "device": "drive0", "target": target, "format": "raw", "mode": "existing",
+            "sync": "incremental", "bitmap": "b"});
+        qmp.run("drive-backup", order)?;
+        qmp.job_completed("inc").with_context(|| daemon.process().log_tail())?;
+        ensure!(qmp.run("query-jobs", json!({}))? == json!([]));
+        drop(qmp);
+        daemon.stop()?;
+        equal(&target, &self.disk)
+    }
+}
+
+fn equal(image: &Path, disk: &Disk) -> Result<()> {
+    let (image, disk) = (fs::read(image)?, disk.content()?);
+    let differs = image.iter().zip(&disk).position(|(image, disk)| image != disk);
+    ensure!(image.len() == disk.len() && differs.is_none(), "the image differs from the disk at {differs:?}");
+    Ok(())
+}
+
+fn flip(path: &Path, from: u64) -> Result<()> {
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    let bytes = fs::read(path)?;
+    let at = bytes.iter().skip(from as usize).position(|byte| *byte != 0).context("nothing but zeroes")? as u64 + from;
+    file.write_all_at(&[bytes[at as usize] ^ 1], at).map_err(Into::into)
+}
+
+fn cut(path: &Path) -> Result<()> {
+    let file = OpenOptions::new().write(true).open(path)?;
+    file.set_len(file.metadata()?.len() / 2).map_err(Into::into)
+}
+
+#[test]
+fn a_ledger_that_is_gone() -> Result<()> {
+    Story::new()?.ends("its ledger cannot be read", |story| Ok(fs::remove_file(story.left("ledger")?)?))
+}
+
+#[test]
+fn a_ledger_that_is_cut_short() -> Result<()> {
+    Story::new()?.ends("its ledger cannot be read", |story| cut(&story.left("ledger")?))
+}
+
+#[test]
+fn a_ledger_with_a_flipped_bit() -> Result<()> {
+    Story::new()?.ends("its ledger cannot be read: a place is damaged", |story| flip(&story.left("ledger")?, 4096))
+}
+
+#[test]
+fn a_note_that_is_gone() -> Result<()> {
+    Story::new()?.ends("what it had noted is gone", |story| Ok(fs::remove_file(story.left("note")?)?))
+}
+
+#[test]
+fn a_note_with_a_flipped_bit() -> Result<()> {
+    Story::new()?.ends("its note is damaged", |story| flip(&story.left("note")?, 100))
+}
+
+#[test]
+fn scratch_that_is_gone() -> Result<()> {
+    Story::new()?.ends("its scratch cannot be used", |story| Ok(fs::remove_file(story.left("memory")?)?))
+}
+
+#[test]
+fn scratch_that_is_cut_short() -> Result<()> {
+    Story::new()?.ends("its scratch cannot be used: scratch is not as it was left", |story| cut(&story.left("memory")?))
+}
+
+#[test]
+fn a_target_that_is_gone() -> Result<()> {
+    Story::new()?
+        .ends("its target cannot be gone on with", |story| Ok(fs::remove_file(story.lab.path("increment.raw"))?))
+}
+
+#[test]
+fn a_target_that_is_another_file() -> Result<()> {
+    Story::new()?.ends("is another file", |story| {
+        let target = story.lab.path("increment.raw");
+        fs::copy(&target, story.lab.path("other.raw"))?;
+        Ok(fs::rename(story.lab.path("other.raw"), target)?)
+    })
+}
+
+#[test]
+fn a_machine_that_was_started_anew() -> Result<()> {
+    Story::new()?.ends("what it had noted is gone", |story| {
+        for entry in fs::read_dir(story.tmpfs.folder())? {
+            fs::remove_file(entry?.path())?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_daemon_that_served_the_disk_with_other_options_meanwhile() -> Result<()> {
+    let mut story = Story::new()?;
+    let full = story.killed(|_| Ok(()))?;
+    // It does not look where this one's points are, and its guest overwrites what they have not saved.
+    let disk = std::slice::from_ref(&story.disk);
+    let meanwhile = Daemon::start_with(Kind::Blkmark, &story.lab, disk, "meanwhile.sock", &[])?;
+    story.write(0..SIZE / UNIT, 9)?;
+    meanwhile.stop()?;
+    let mut daemon = story.start()?;
+    let mut qmp = daemon.qmp()?;
+    let jobs = qmp.run("query-jobs", json!({}))?;
+    ensure!(jobs[0]["id"] == "inc" && jobs[0]["status"] == "concluded" && jobs[0]["error"].is_string(), "{jobs}");
+    let target = story.lab.path("again.raw");
+    fs::copy(&full, &target)?;
+    let order = json!({"job-id": "next", "device": "drive0", "target": target, "format": "raw", "mode": "existing",
+        "sync": "incremental", "bitmap": "b"});
+    qmp.run("drive-backup", order)?;
+    qmp.job_completed("next").with_context(|| daemon.process().log_tail())?;
+    qmp.run("job-dismiss", json!({"id": "inc"}))?;
+    ensure!(qmp.run("query-jobs", json!({}))? == json!([]));
+    drop(qmp);
+    daemon.stop()?;
+    equal(&target, &story.disk)
+}
+
+#[test]
+fn scratch_with_a_flipped_bit_fails_the_job_and_gives_no_wrong_image() -> Result<()> {
+    let mut story = Story::new()?;
+    story.killed(|story| flip(&story.left("memory")?, 0))?;
+    let mut daemon = story.start()?;
+    let mut qmp = daemon.qmp()?;
+    qmp.run("block-job-set-speed", json!({"device": "inc", "speed": 0}))?;
+    let error = qmp.job_failed("inc").with_context(|| daemon.process().log_tail())?;
+    ensure!(error.contains("does not match its checksum"), "{error}");
+    ensure!(qmp.bitmap("drive0", "b")?["busy"] == false);
+    story.write(0..4, 5)?;
+    drop(qmp);
+    daemon.stop()?;
+    ensure!(story.all_left()?.is_empty(), "{:?}", story.all_left()?);
+    Ok(())
+}
