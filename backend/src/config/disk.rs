@@ -27,7 +27,7 @@ pub const DISK_KEYS: &[&str] = &[
 /// What a front end may set up unless told otherwise.
 const DEFAULT_QUEUE_SIZE: u16 = 1024;
 /// How long a queue thread looks around unless told otherwise.
-const DEFAULT_POLL: Duration = Duration::ZERO;
+const DEFAULT_POLL: Duration = Duration::from_micros(100);
 
 /// What a disk of `null=SIZE` is called where others have a path; QEMU's name for the like.
 const NULL: &str = "null-co://";

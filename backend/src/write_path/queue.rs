@@ -37,8 +37,15 @@ mod take;
 const KICK: u64 = u64::MAX;
 const INBOX: u64 = u64::MAX - 1;
 
+/// With more than this in flight a thread does not look around: a wake-up is shared by several completions then, and time
+/// that is slept through is time that others have.
+const SPIN_BELOW: usize = 4;
+
 /// So many answers are shown at the latest: what a batch saves it has saved by then.
 const SHOW_AT_MOST: usize = 64;
+
+/// Fewer are not shown before the end of a round: a signal costs as much as some copies.
+const SHOW_AT_LEAST: usize = 16;
 
 /// What a queue thread owns.
 pub(super) struct QueueThread {
@@ -73,8 +80,13 @@ pub(super) struct QueueThread {
     unshown: Vec<u16>,
     /// Answers were shown since the last look at whether to signal.
     shown: bool,
+    /// So many answers are shown in this round before it is over: half of it, so that the guest puts them to use while the
+    /// other half is copied.
+    show_at: usize,
     completions: Vec<Completion>,
-    spin: Spin,
+    /// Whether looking around pays is another question for a disk that is quick than for a guest that is busy.
+    spin_for_disk: Spin,
+    spin_for_guest: Spin,
 }
 
 impl QueueThread {
@@ -111,8 +123,10 @@ impl QueueThread {
             ready: Vec::with_capacity(places),
             unshown: Vec::with_capacity(SHOW_AT_MOST),
             shown: false,
+            show_at: SHOW_AT_MOST,
             completions: Vec::with_capacity(places * 2),
-            spin: Spin::new(shared.threads.spin),
+            spin_for_disk: Spin::new(shared.threads.spin),
+            spin_for_guest: Spin::new(shared.threads.spin),
             shared,
             inbox,
         })
@@ -165,10 +179,12 @@ impl QueueThread {
         if takes && self.ring.has_more() {
             return self.engine.flush();
         }
-        if self.spin.is_worth_it() {
+        let in_flight = self.table.in_flight();
+        let spin = if in_flight == 0 { &mut self.spin_for_guest } else { &mut self.spin_for_disk };
+        if in_flight <= SPIN_BELOW && spin.is_worth_it() {
             self.engine.flush()?;
             let (ring, engine, inbox) = (&self.ring, &mut self.engine, &self.inbox);
-            if self.spin.until(|| takes && ring.has_more() || engine.stirs() || inbox.is_waiting()) {
+            if spin.until(|| takes && ring.has_more() || engine.stirs() || inbox.is_waiting()) {
                 return self.engine.flush();
             }
         }
@@ -247,6 +263,7 @@ impl QueueThread {
 
     fn begin_operations(&mut self) -> io::Result<()> {
         let rules = self.rules;
+        self.show_at = (self.ready.len() / 2).clamp(SHOW_AT_LEAST, SHOW_AT_MOST);
         for at in 0..self.ready.len() {
             let index = self.ready[at];
             let place = self.table.place(index);

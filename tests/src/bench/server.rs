@@ -260,6 +260,10 @@ fn blkmark(
         if !more.contains("bitmaps=") {
             disk.push_str(&format!(",bitmaps={}", escaped(&target.store(index))));
         }
+        if options.instructions && !more.contains("poll=") {
+            // Looking around has as many instructions as there is time.
+            disk.push_str(",poll=0");
+        }
         if !more.is_empty() {
             disk.push_str(&format!(",{more}"));
         }

@@ -3,7 +3,7 @@
 //! An answer is written behind the used index and shown with the others of its round: one store of the index, one batch in
 //! the inflight region, one look at whether the guest wants a signal.
 
-use super::{QueueThread, SHOW_AT_MOST};
+use super::QueueThread;
 use crate::device::request::{self as device, StatusPlace};
 use std::convert::Infallible;
 
@@ -65,7 +65,7 @@ impl QueueThread {
     /// In a long round the guest gets on meanwhile.
     #[inline]
     pub(super) fn show_if_many(&mut self) {
-        if self.unshown.len() >= SHOW_AT_MOST {
+        if self.unshown.len() >= self.show_at {
             self.show();
         }
     }
