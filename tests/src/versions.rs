@@ -6,7 +6,7 @@
 //! that is no older than what was acknowledged at the first, and no newer than what was issued at the second. Blocks
 //! are whole, since a killed process leaves pages whole.
 //!
-//! The guest goes through a kill of its daemon as through a pause: told by [`Reborn`], it goes on over its inflight region.
+//! The guest goes through a kill of its daemon as through a pause: told by `Reborn`, it goes on over its inflight region.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
