@@ -27,7 +27,7 @@ static WHOLE: [u64; BLOCK] = [u64::MAX; BLOCK];
 /// what is dirty everywhere costs as little as what is clean.
 ///
 /// **Invariant.** A whole block is a full one that `blocks` notes, and its words are zero. So nobody reads `words` without a
-/// look at `whole`: that is what [`Bits::word`] and [`Bits::words_of`] are for.
+/// look at `whole`: that is what `word` and `words_of` are for.
 #[derive(Debug)]
 pub struct Bits {
     granularity: Granularity,
