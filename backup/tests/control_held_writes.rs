@@ -114,7 +114,8 @@ fn a_shorter_limit_that_comes_later_is_kept_and_the_longest_hold_is_known() {
     drop(hung);
     assert_eq!(first.recv_timeout(GIVE_UP), Ok(Verdict::Again));
     let load = disk.node.load();
-    assert!(load.longest_hold >= load.longest_save && load.longest_save >= Duration::from_millis(500), "{load:?}");
+    // The save for the hasty one may have ended last, so either can be the longer.
+    assert!(load.longest_hold.min(load.longest_save) >= Duration::from_millis(500), "{load:?}");
     for point in [patient, hasty] {
         let mut begun = disk.node.tracker.begin();
         begun.disarm(point.gate());
