@@ -31,9 +31,15 @@ pub enum JobEnd {
 }
 
 impl Qmp {
-    /// Connects, reads the greeting and negotiates.
+    /// Connects, reads the greeting and negotiates. `qemu-storage-daemon` now and then greets twice, if one comes just as it begins
+    /// to listen: then once more.
     pub fn connect(socket: &Path) -> Result<Qmp> {
-        let mut client = Client::connect(socket)?;
+        let mut client = match Client::connect(socket) {
+            Err(ClientError::Protocol(said)) if said.starts_with("it answers with {\"QMP\"") => {
+                Client::connect(socket)?
+            }
+            connected => connected?,
+        };
         client.set_reply_limit(GIVE_UP);
         Ok(Qmp { client, kept: VecDeque::new() })
     }
