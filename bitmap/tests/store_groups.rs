@@ -108,6 +108,15 @@ fn write(tracker: &Arc<Tracker>, range: ByteRange) {
     }
 }
 
+/// A persistent bitmap that has recorded something.
+fn record(tracker: &Arc<Tracker>) {
+    let mut begun = tracker.begin();
+    begun.draft.add("b", Granularity::DEFAULT, false).unwrap();
+    begun.draft.keep("b").unwrap();
+    commit(vec![begun]).unwrap();
+    write(tracker, FROZEN);
+}
+
 #[test]
 fn a_group_ends_on_all_disks_or_on_none() {
     for seed in 0..40 {
@@ -120,11 +129,7 @@ fn a_group_ends_on_all_disks_or_on_none() {
         let trackers: Vec<_> = disks.iter().map(|(medium, maps)| open(medium, maps)).collect();
         let mut freezes = Vec::new();
         for tracker in &trackers {
-            let mut begun = tracker.begin();
-            begun.draft.add("b", Granularity::DEFAULT, false).unwrap();
-            begun.draft.keep("b").unwrap();
-            commit(vec![begun]).unwrap();
-            write(tracker, FROZEN);
+            record(tracker);
             let mut begun = tracker.begin();
             freezes.push(begun.draft.freeze("b").unwrap().id());
             commit(vec![begun]).unwrap();
@@ -152,11 +157,7 @@ fn a_group_that_one_store_has_no_room_for_is_refused_and_costs_no_bitmap() {
             .collect();
         let trackers: Vec<_> = disks.iter().map(|(medium, maps)| open(medium, maps)).collect();
         for tracker in &trackers {
-            let mut begun = tracker.begin();
-            begun.draft.add("b", Granularity::DEFAULT, false).unwrap();
-            begun.draft.keep("b").unwrap();
-            commit(vec![begun]).unwrap();
-            write(tracker, FROZEN);
+            record(tracker);
         }
         let disable = || {
             let begun = trackers.iter().map(|tracker| {

@@ -6,7 +6,7 @@ use blkmark_backup::buffer::{ALIGNMENT, AlignedBuffer};
 use blkmark_backup::file_lock::{self, LockError, LockMode};
 use blkmark_backup::pulse::Pulse;
 use blkmark_backup::source::{BlockStatus, FileId, Source};
-use blkmark_bitmap::store::{Flush, Stamp};
+use blkmark_bitmap::store::{Flush, Stamp, is_memory};
 use rustix::fs::{FileType, OFlags, SeekFrom};
 use std::fs::File;
 use std::io;
@@ -259,9 +259,7 @@ impl AsFd for DiskFile {
 
 /// Whether reads and writes of a file are copies in memory.
 fn in_memory(file: &File) -> bool {
-    const TMPFS: u64 = 0x0102_1994;
-    const RAMFS: u64 = 0x8584_58f6;
-    rustix::fs::fstatfs(file).is_ok_and(|stat| matches!(stat.f_type as u64, TMPFS | RAMFS))
+    rustix::fs::fstatfs(file).is_ok_and(|stat| is_memory(&stat))
 }
 
 fn block_device(file: &File) -> io::Result<(u64, u32, u32)> {

@@ -181,6 +181,34 @@ pub(super) struct Entry {
 }
 
 impl Entry {
+    /// One of which nothing has happened yet.
+    fn new(reservation: Reservation, key: u64, settings: Settings, kind: Kind, size: u64) -> Self {
+        Self {
+            reservation,
+            key,
+            kind,
+            group: None,
+            speed: settings.speed,
+            settings,
+            control: Arc::default(),
+            status: Status::Undefined,
+            user_paused: false,
+            io_status: IoStatus::Ok,
+            stops: 0,
+            cancelled: false,
+            failing: false,
+            outcome: None,
+            held: None,
+            retrying: false,
+            far: Far::Nothing,
+            endless: None,
+            size,
+            error: None,
+            freeze: None,
+            keeping: None,
+        }
+    }
+
     pub(super) fn id(&self) -> &str {
         &self.reservation.id
     }
@@ -601,30 +629,13 @@ impl Locked<'_> {
         inner.next_key += 1;
         let keeping = Keeping::of_kept(&id, &settings, &held, error.clone());
         let entry = Entry {
-            reservation: id,
-            key,
-            kind: Kind::Backup,
-            group: None,
-            speed: settings.speed,
-            settings,
-            control: Arc::new(CopyControl::default()),
             status: Status::Concluded,
-            user_paused: false,
-            io_status: IoStatus::Ok,
-            stops: 0,
-            cancelled: false,
-            failing: false,
-            outcome: None,
-            size: held.point.size(),
             freeze: held.hold.as_ref().map(|hold| hold.freeze),
-            held: Some(Held::Backup(held)),
-            retrying: false,
-            far: Far::Nothing,
-            endless: None,
             error,
             keeping,
+            ..Entry::new(id, key, settings, Kind::Backup, held.point.size())
         };
-        inner.entries.insert(0, entry);
+        inner.entries.insert(0, Entry { held: Some(Held::Backup(held)), ..entry });
     }
 
     /// Starts jobs whose freezes and gates are in force, as one group if `grouped`.
@@ -647,28 +658,13 @@ impl Locked<'_> {
             }
             let work = job.work;
             let mut entry = Entry {
-                reservation: job.id,
-                key,
-                kind: work.kind(),
                 group,
-                speed: job.settings.speed,
-                settings: job.settings,
                 control,
-                status: Status::Undefined,
-                user_paused: false,
-                io_status: IoStatus::Ok,
-                stops: 0,
-                cancelled: false,
-                failing: false,
-                outcome: None,
-                held: None,
-                retrying: false,
                 far: work.far(),
                 endless: work.endless(),
-                size: work.size(),
-                error: None,
                 freeze: work.freeze(),
                 keeping,
+                ..Entry::new(job.id, key, job.settings, work.kind(), work.size())
             };
             self.jobs.set_status(&mut entry, Status::Created);
             inner.entries.insert(0, entry);

@@ -19,6 +19,7 @@ pub use note::Notice;
 pub(crate) use note::{Member, Note, Role};
 
 use crate::source::FileId;
+use blkmark_bitmap::store::is_memory;
 use rustix::fs::{Mode, OFlags};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -27,9 +28,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
-
-const TMPFS: u64 = 0x0102_1994;
-const RAMFS: u64 = 0x8584_58f6;
 
 /// No note is longer.
 const MOST: u64 = 1 << 20;
@@ -95,9 +93,8 @@ impl Haven {
     /// For the disk at `path`, which is `disk`. `memory`: where to look for tmpfs, in this order; `None` if there is none: then
     /// points in time end with the process. `directory` is where scratch is.
     pub fn new(memory: &[&Path], directory: &Path, path: &Path, disk: FileId, boot: Uuid) -> Option<Self> {
-        let is_memory =
-            |path: &Path| rustix::fs::statfs(path).is_ok_and(|stat| matches!(stat.f_type as u64, TMPFS | RAMFS));
-        let memory = memory.iter().find(|path| is_memory(path))?.to_path_buf();
+        let in_memory = |path: &Path| rustix::fs::statfs(path).is_ok_and(|stat| is_memory(&stat));
+        let memory = memory.iter().find(|path| in_memory(path))?.to_path_buf();
         let path = std::fs::canonicalize(path).ok()?;
         let bytes = path.as_os_str().as_bytes();
         let mut reversed = bytes.to_vec();

@@ -32,7 +32,7 @@ pub use keeper::StoreError;
 pub use maps::{Maps, NoMaps};
 pub use medium::Medium;
 #[cfg(not(any(loom, shuttle)))]
-pub use shm::Shm;
+pub use shm::{Shm, is_memory};
 pub use stamp::Stamp;
 
 /// Makes durable all writes to the disk that have ended.

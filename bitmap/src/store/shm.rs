@@ -45,12 +45,16 @@ pub struct Shm {
     newest: Option<(u64, Arc<Mapping>)>,
 }
 
+/// Whether a file system's files are memory: tmpfs or ramfs.
+pub fn is_memory(stat: &rustix::fs::StatFs) -> bool {
+    matches!(stat.f_type as u64, TMPFS | RAMFS)
+}
+
 impl Shm {
     /// In `directory`; `None` if that is not on tmpfs.
     pub fn new(directory: &Path) -> Option<Self> {
-        let kind = rustix::fs::statfs(directory).ok()?.f_type as u64;
-        let directory = directory.to_owned();
-        (kind == TMPFS || kind == RAMFS).then_some(Self { directory, newest: None })
+        let stat = rustix::fs::statfs(directory).ok()?;
+        is_memory(&stat).then(|| Self { directory: directory.to_owned(), newest: None })
     }
 
     fn prefix(store: Uuid) -> String {
