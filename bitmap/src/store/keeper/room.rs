@@ -17,6 +17,9 @@ const ROOM: u64 = 16 << 10;
 const RESERVE: &str = "reserve";
 const MOST_RESERVED: u64 = 8 << 20;
 
+/// What a file system may want free before it makes a file; XFS does, for an inode and directory that hardly ever need it.
+const TO_MAKE_A_FILE: u64 = 512 << 10;
+
 /// File systems give room in such pieces.
 const BLOCK: u64 = 4096;
 
@@ -54,7 +57,7 @@ impl Keeper {
         let most = bitmaps.chain(checkpoints).sum::<u64>().min(MOST_RESERVED);
         let there = objects.map(|len| len.next_multiple_of(BLOCK)).sum::<u64>().min(most);
         let table = table::sectors_for(draft.size()) * table::SECTOR as u64;
-        let needed = table.next_multiple_of(BLOCK) + 2 * most - there;
+        let needed = TO_MAKE_A_FILE + table.next_multiple_of(BLOCK) + 2 * most - there;
         if needed > self.reserved {
             match self.medium.allocate(RESERVE, needed) {
                 Ok(()) => self.reserved = needed,
