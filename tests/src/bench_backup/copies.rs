@@ -56,9 +56,9 @@ struct Copied {
 pub fn run(options: &Options) -> Result<Value> {
     let place = Place::filled(options, options.size)?;
     // Behind a filter that nobody writes through, fleecing is the same as without.
-    let servers = options.contenders.iter().filter(|who| **who != Contender::QsdFleecing);
+    let servers = options.contenders().into_iter().filter(|who| *who != Contender::QsdFleecing);
     let mut rows: Vec<(Copier, Vec<Copied>)> =
-        servers.map(|who| Copier::Server(*who)).chain(TOOLS).map(|copier| (copier, Vec::new())).collect();
+        servers.map(Copier::Server).chain(TOOLS).map(|copier| (copier, Vec::new())).collect();
     let mut reason = None;
     for round in 0..options.rounds as usize {
         for turn in 0..rows.len() {

@@ -49,8 +49,8 @@ pub fn run(options: &Options) -> Result<Value> {
 }
 
 fn cell(options: &Options, size: u64, granularity: u64, blocks: u64) -> Result<Vec<(Contender, Vec<f64>)>> {
-    let contenders = options.contenders.iter().filter(|who| **who != Contender::QsdFleecing);
-    let mut rows: Vec<(Contender, Vec<f64>)> = contenders.map(|who| (*who, Vec::new())).collect();
+    let contenders = options.contenders().into_iter().filter(|who| *who != Contender::QsdFleecing);
+    let mut rows: Vec<(Contender, Vec<f64>)> = contenders.map(|who| (who, Vec::new())).collect();
     for round in 0..options.rounds as usize {
         for turn in 0..rows.len() {
             let at = (turn + round) % rows.len();
@@ -66,7 +66,7 @@ fn one(options: &Options, contender: Contender, size: u64, granularity: u64, blo
     let place = Place::sparse(options, size)?;
     let target = place.target("increment.raw")?;
     let mut server = Server::start(options, &place, contender)?;
-    server.add_bitmap(granularity)?;
+    server.add_bitmap(granularity, !options.no_persistence)?;
     dirty(&server, size, granularity, blocks)?;
     place.settle()?;
     server.add_target(Server::file_target(&target))?;

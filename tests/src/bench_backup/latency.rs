@@ -4,7 +4,7 @@ use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 
 use super::guest::{self, Stretch, millis};
@@ -25,22 +25,36 @@ struct Run {
 /// Runs all contenders against all targets.
 pub fn run(options: &Options) -> Result<Value> {
     let place = Place::filled(options, options.size)?;
-    let mut cells = Vec::new();
+    let (mut cells, mut failures) = (Vec::new(), Vec::new());
     for &speed in &options.targets {
-        let mut runs: Vec<(Contender, Vec<Run>)> = options.contenders.iter().map(|&who| (who, Vec::new())).collect();
+        let mut runs: Vec<(Contender, Vec<Run>)> =
+            options.contenders().into_iter().map(|who| (who, Vec::new())).collect();
         for round in 0..options.rounds as usize {
             for turn in 0..runs.len() {
                 let at = (turn + round) % runs.len();
                 let (contender, done) = &mut runs[at];
                 eprintln!("guest: {} to {}, round {}", contender.name(), name(speed), round + 1);
                 let run = one(options, &place, *contender, speed);
-                done.push(run.with_context(|| format!("{} to {}", contender.name(), name(speed)))?);
+                match run.with_context(|| format!("{} to {}, round {}", contender.name(), name(speed), round + 1)) {
+                    Ok(run) => done.push(run),
+                    // The others are measured all the same, and what was measured is shown.
+                    Err(error) => {
+                        eprintln!("bench-backup: {error:#}");
+                        failures.push(format!("{error:#}"));
+                    }
+                }
             }
         }
         if !options.json {
             table(options, speed, &runs);
         }
         cells.extend(runs.iter().map(|(contender, runs)| to_json(*contender, speed, runs)));
+    }
+    if !failures.is_empty() {
+        if options.json {
+            println!("{:#}", json!({"guest": cells}));
+        }
+        bail!("{} of the runs failed:\n{}", failures.len(), failures.join("\n"));
     }
     Ok(cells.into())
 }
@@ -85,19 +99,30 @@ fn one(options: &Options, place: &Place, contender: Contender, speed: Speed) -> 
             Ok(())
         };
         let mut backup = server.backup(false, patience, &mut meanwhile);
-        if let (Ok(backup), Speed::Fast) = (&mut backup, speed) {
+        if speed == Speed::Fast {
             // A backup that the next power cut takes away is none: all are over when they are durable.
-            File::open(place.path("copy.raw"))?.sync_all()?;
-            backup.ended = Instant::now();
+            backup = backup.and_then(|backup| {
+                File::open(place.path("copy.raw"))?.sync_all().context("cannot sync the target")?;
+                Ok(Backup { ended: Instant::now(), ..backup })
+            });
         }
-        // A guest whose requests wait for the target has to get them back.
-        meanwhile(HANG.1)?;
+        // A guest whose requests wait for the target has to get them back. And whatever has failed, the guest ends.
+        let woken = meanwhile(HANG.1);
         stop.store(true, Ordering::Relaxed);
         let log = match load.join() {
-            Ok(log) => log.context("the guest")?,
-            Err(_) => bail!("the guest's thread panicked"),
+            Ok(log) => log.context("the guest"),
+            Err(_) => Err(anyhow!("the guest's thread panicked")),
         };
-        let backup = backup?;
+        // One failure is often the other's reason: both are told, with how the servers are.
+        let (backup, log) = match (backup.context("the backup"), log, woken) {
+            (Ok(backup), Ok(log), Ok(())) => (backup, log),
+            (backup, log, woken) => {
+                let reasons = [backup.err(), log.err(), woken.err()].into_iter().flatten();
+                let reasons: Vec<String> = reasons.map(|error| format!("{error:#}")).collect();
+                let target = slow.as_mut().map_or(String::new(), |slow| slow.state());
+                bail!("{}\n{}\n{target}", reasons.join("; "), server.state());
+            }
+        };
         // The first moments of a connection are not those of an idle guest.
         let idle = log.between(began + Duration::from_secs_f64(options.idle / 4.0), backup.began);
         Ok(Run { idle, busy: log.between(backup.began, backup.ended), backup })
@@ -120,7 +145,7 @@ fn table(options: &Options, speed: Speed, all: &[(Contender, Vec<Run>)]) {
         "{:<18}{:>10}{:>10}{:>10}{:>10}{:>12}{:>12}{:>12}",
         "", "p50", "p99", "p99.9", "max", "idle p99", "idle p99.9", "copy MB/s"
     );
-    for (contender, runs) in all {
+    for (contender, runs) in all.iter().filter(|(_, runs)| !runs.is_empty()) {
         let [p50, p99, p999, max] = medians(runs, |run| &run.busy);
         let [_, idle, idle9, _] = medians(runs, |run| &run.idle);
         println!(
@@ -129,7 +154,7 @@ fn table(options: &Options, speed: Speed, all: &[(Contender, Vec<Run>)]) {
             rate(runs)
         );
     }
-    for (contender, runs) in all.iter().filter(|(contender, _)| contender.is_blkmark()) {
+    for (contender, runs) in all.iter().filter(|(contender, runs)| contender.is_blkmark() && !runs.is_empty()) {
         let longest =
             |of: fn(&Holds) -> Duration| millis(runs.iter().map(|run| of(&run.backup.holds)).max().unwrap_or_default());
         println!(
@@ -139,11 +164,13 @@ fn table(options: &Options, speed: Speed, all: &[(Contender, Vec<Run>)]) {
             longest(|holds| holds.longest_save),
         );
     }
-    let find = |who| all.iter().find(|(contender, _)| *contender == who).map(|(_, runs)| runs);
-    if let (Some(ours), Some(theirs)) = (find(Contender::Blkmark), find(Contender::QsdOne)) {
+    let find = |who| all.iter().find(|(contender, runs)| *contender == who && !runs.is_empty()).map(|(_, runs)| runs);
+    for other in [Contender::QsdOne, Contender::BlkmarkBefore] {
+        let (Some(ours), Some(theirs)) = (find(Contender::Blkmark), find(other)) else { continue };
         let (a, b) = (medians(ours, |run| &run.busy), medians(theirs, |run| &run.busy));
         println!(
-            "blkmark / qsd-1: p50 {:.3}, p99 {:.3}, p99.9 {:.3}, max {:.3}, copy {:.2}",
+            "blkmark / {}: p50 {:.3}, p99 {:.3}, p99.9 {:.3}, max {:.3}, copy {:.2}",
+            other.name(),
             a[0] / b[0],
             a[1] / b[1],
             a[2] / b[2],

@@ -1,6 +1,6 @@
 //! The command line of the benchmark of backups.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
@@ -49,7 +49,7 @@ pub struct Options {
     scenes: Vec<Scene>,
     /// Who takes part
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "blkmark,qsd,qsd-1,qsd-fleecing")]
-    pub contenders: Vec<Contender>,
+    contenders: Vec<Contender>,
     /// Paired rounds, of which medians are shown
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub rounds: u32,
@@ -80,6 +80,12 @@ pub struct Options {
     /// `max-guest-latency` of blkmark's backups, in microseconds [default: blkmark's own]
     #[arg(long, value_name = "US")]
     pub max_guest_latency: Option<u64>,
+    /// Bitmaps of blkmark are in memory alone (`"persistent": false`); QSD's always are
+    #[arg(long)]
+    pub no_persistence: bool,
+    /// Another build of blkmark, which takes part before this one
+    #[arg(long, value_name = "PATH")]
+    before: Option<PathBuf>,
     /// Print one JSON document instead of tables
     #[arg(long)]
     pub json: bool,
@@ -99,8 +105,23 @@ impl Options {
         if self.scenes.is_empty() { Scene::value_variants().to_vec() } else { self.scenes.clone() }
     }
 
+    /// Who takes part, the other build first.
+    pub fn contenders(&self) -> Vec<Contender> {
+        let other = self.before.as_ref().map(|_| Contender::BlkmarkBefore);
+        let named = self.contenders.iter().copied().filter(|who| *who != Contender::BlkmarkBefore);
+        other.into_iter().chain(named).collect()
+    }
+
+    /// The other build of blkmark.
+    pub fn before(&self) -> Result<&Path> {
+        self.before.as_deref().context("blkmark-before is the build that --before names")
+    }
+
     /// Refuses what cannot be measured.
     pub fn check(&self) -> Result<()> {
+        if self.contenders.contains(&Contender::BlkmarkBefore) {
+            self.before()?;
+        }
         for seconds in [self.idle, self.patience] {
             if !(0.1..=3600.0).contains(&seconds) {
                 bail!("give seconds from 0.1 to 3600");
@@ -140,6 +161,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn another_build_takes_part_once_and_first() {
+        for args in [&["--before", "other"][..], &["--before", "other", "--contenders", "blkmark,blkmark-before"]] {
+            let options = Options::parse_from(["bench-backup"].iter().chain(args));
+            assert!(options.check().is_ok());
+            assert_eq!(options.contenders()[..2], [Contender::BlkmarkBefore, Contender::Blkmark]);
+            assert_eq!(options.contenders().iter().filter(|who| **who == Contender::BlkmarkBefore).count(), 1);
+        }
+    }
+
+    #[test]
     fn wrong_arguments_are_named() {
         for (args, say) in [
             (&["--size", "12"][..], "whole MiB"),
@@ -149,6 +180,7 @@ mod tests {
             (&["--dirty", "90"], "--dirty 90"),
             (&["--granularities", "5000"], "powers of two"),
             (&["--patience", "0"], "give seconds"),
+            (&["--contenders", "blkmark-before,qsd"], "--before"),
         ] {
             let parsed = Options::try_parse_from(["bench-backup"].iter().chain(args));
             let error = match parsed {

@@ -141,6 +141,12 @@ impl SlowServer {
         json!({"driver": "nbd", "node-name": name, "server": server, "export": "slow"})
     }
 
+    /// How it is, for whoever has to explain a failure: whether it runs, and what it said last.
+    pub fn state(&mut self) -> String {
+        let runs = if self.process.is_running() { "still runs" } else { "has ended" };
+        format!("the slow target {runs}\n{}", self.process.log_tail())
+    }
+
     /// Lets it do nothing from now on, or go on.
     pub fn hang(&mut self, hang: bool) -> Result<()> {
         self.process.signal(if hang { Signal::STOP } else { Signal::CONT })

@@ -22,6 +22,8 @@ use crate::process::{GIVE_UP, Process};
 pub enum Contender {
     /// `blkmark serve`.
     Blkmark,
+    /// The build that `--before` names.
+    BlkmarkBefore,
     /// The same without regard for the guest: `max-guest-latency` 0.
     BlkmarkUnbounded,
     /// `qemu-storage-daemon` as it comes.
@@ -38,6 +40,7 @@ impl Contender {
     pub fn name(self) -> &'static str {
         match self {
             Contender::Blkmark => "blkmark",
+            Contender::BlkmarkBefore => "blkmark-before",
             Contender::BlkmarkUnbounded => "blkmark-unbounded",
             Contender::Qsd => "qsd",
             Contender::QsdOne => "qsd-1",
@@ -47,7 +50,7 @@ impl Contender {
 
     /// Whether it is of this workspace.
     pub fn is_blkmark(self) -> bool {
-        matches!(self, Contender::Blkmark | Contender::BlkmarkUnbounded)
+        matches!(self, Contender::Blkmark | Contender::BlkmarkBefore | Contender::BlkmarkUnbounded)
     }
 }
 
@@ -110,8 +113,11 @@ impl Server {
         let _ = std::fs::remove_file(&socket);
         let (monitor, theirs) = UnixStream::pair().context("socketpair")?;
         let mut command = match contender {
-            Contender::Blkmark | Contender::BlkmarkUnbounded => {
-                let mut command = Command::new(blkmark_binary()?);
+            Contender::Blkmark | Contender::BlkmarkBefore | Contender::BlkmarkUnbounded => {
+                let mut command = match contender {
+                    Contender::BlkmarkBefore => Command::new(options.before()?),
+                    _ => Command::new(blkmark_binary()?),
+                };
                 let (disk, scratch) = (place.disk().display(), place.path("").display().to_string());
                 command
                     .args(["serve", "--disk"])
@@ -137,7 +143,7 @@ impl Server {
         qmp.set_reply_limit(GIVE_UP * 3);
         let latency = match contender {
             Contender::BlkmarkUnbounded => Some(0),
-            Contender::Blkmark => options.max_guest_latency,
+            Contender::Blkmark | Contender::BlkmarkBefore => options.max_guest_latency,
             _ => None,
         };
         Ok(Self { contender, process, qmp, socket, latency })
@@ -153,15 +159,22 @@ impl Server {
         process_time(self.process.pid())
     }
 
+    /// How it is, for whoever has to explain a failure: whether it runs, and what it said last.
+    pub fn state(&mut self) -> String {
+        let runs = if self.process.is_running() { "still runs" } else { "has ended" };
+        format!("{} {runs}\n{}", self.contender.name(), self.process.log_tail())
+    }
+
     /// A command that has to succeed.
     pub fn run(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let name = self.contender.name();
         self.qmp.execute(command, arguments.clone()).with_context(|| format!("{name}: {command} {arguments}"))
     }
 
-    /// Records what the guest writes from now on.
-    pub fn add_bitmap(&mut self, granularity: u64) -> Result<()> {
-        let arguments = json!({"node": DISK, "name": "b", "granularity": granularity, "persistent": false});
+    /// Records what the guest writes from now on. QSD's disk is raw, where its bitmaps cannot be `persistent`.
+    pub fn add_bitmap(&mut self, granularity: u64, persistent: bool) -> Result<()> {
+        let persistent = persistent && self.contender.is_blkmark();
+        let arguments = json!({"node": DISK, "name": "b", "granularity": granularity, "persistent": persistent});
         self.run("block-dirty-bitmap-add", arguments).map(|_| ())
     }
 
