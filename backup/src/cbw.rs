@@ -15,6 +15,7 @@ use crate::point::Face;
 use crate::resume::{Haven, Ledger, Phase, Place};
 use crate::scratch::{Block, Scratch, ScratchError};
 use crate::source::Source;
+use crate::turns::come_soon;
 use blkmark_bitmap::sync::{Condvar, Mutex, MutexGuard, Ordering, lock};
 use blkmark_bitmap::{ByteRange, Granularity, PreCut, Resume, Verdict};
 use std::collections::{BTreeMap, VecDeque};
@@ -205,6 +206,7 @@ impl CopyBeforeWrite {
         for _ in 0..SAVERS {
             let cbw = Arc::clone(self);
             std::thread::Builder::new().name(format!("save-{}", self.disk)).spawn(move || {
+                come_soon();
                 let mut buffer = AlignedBuffer::new(cbw.unit.bytes() as usize);
                 while cbw.wait_for_work() {
                     cbw.save_one(&mut buffer);
@@ -212,7 +214,10 @@ impl CopyBeforeWrite {
             })?;
         }
         let cbw = Arc::clone(self);
-        std::thread::Builder::new().name(format!("watch-{}", self.disk)).spawn(move || cbw.watch())?;
+        std::thread::Builder::new().name(format!("watch-{}", self.disk)).spawn(move || {
+            come_soon();
+            cbw.watch();
+        })?;
         Ok(())
     }
 

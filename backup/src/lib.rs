@@ -18,3 +18,4 @@ pub mod resume;
 pub mod scratch;
 pub mod source;
 pub mod target;
+pub mod turns;

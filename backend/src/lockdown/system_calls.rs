@@ -105,6 +105,7 @@ const FREE: &[libc::c_long] = &[
     libc::SYS_sched_getaffinity,
     libc::SYS_sched_setaffinity,
     libc::SYS_sched_getscheduler,
+    libc::SYS_sched_getattr,
     libc::SYS_getrusage,
     libc::SYS_sysinfo,
     libc::SYS_uname,
@@ -234,6 +235,7 @@ fn conditional(network: bool) -> Result<Vec<(libc::c_long, Vec<SeccompRule>)>, F
         (libc::SYS_tgkill, vec![one(is(0, itself)?)?]),
         // How the calling thread is scheduled, not others.
         (libc::SYS_sched_setscheduler, vec![one(is(0, 0)?)?]),
+        (libc::SYS_sched_setattr, vec![one(is(0, 0)?)?]),
         (libc::SYS_ioprio_set, vec![all_of(vec![is(0, IOPRIO_WHO_PROCESS)?, is(1, 0)?])?]),
         // Reading limits; setting them takes a pointer.
         (libc::SYS_prlimit64, vec![one(argument(2, Qword, Eq, 0)?)?]),

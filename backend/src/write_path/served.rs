@@ -8,6 +8,7 @@ use crate::disk::DiskFile;
 use crate::session::{Device, Notices, RingParts, RunningRing};
 use blkmark_backup::node::Front;
 use blkmark_backup::source::Source;
+use blkmark_backup::turns::come_soon;
 use blkmark_bitmap::Tracker;
 use blkmark_bitmap::store::Place;
 use std::io;
@@ -158,6 +159,7 @@ impl Device for ServedDisk {
         let next_avail = parts.ring.next_avail;
         let thread = std::thread::Builder::new().name(format!("{}-{index}", self.shared.id)).spawn(move || {
             tie_to_processor(&shared, index);
+            come_soon();
             // The ring onto the disk is made by the thread that uses it: the kernel asks for that.
             match QueueThread::new(shared, inbox_there, lane, parts) {
                 Ok(queue) => {

@@ -6,8 +6,9 @@
 use super::deal::{Deal, Hand};
 use super::{CHUNK, CompareError, OnError};
 use crate::buffer::{AlignedBuffer, is_zero};
-use crate::copy::{Action, CopyControl, Pace, RETRY_PAUSE, STEPS_A_SECOND, Side, yield_to_others};
+use crate::copy::{Action, CopyControl, Pace, RETRY_PAUSE, STEPS_A_SECOND, Side};
 use crate::source::Source;
+use crate::turns::yield_to_others;
 use blkmark_bitmap::{Bits, ByteRange, Granularity};
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -21,8 +21,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 use thiserror::Error;
+pub(crate) use worker::STEPS_A_SECOND;
 use worker::{NOTED_EVERY, Shared, Worker};
-pub(crate) use worker::{STEPS_A_SECOND, yield_to_others};
 
 /// Workers for long runs. More does not help one disk, and each costs a buffer of `CHUNK`.
 const WORKERS: u64 = 4;

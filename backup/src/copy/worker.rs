@@ -11,6 +11,7 @@ use crate::buffer::{AlignedBuffer, is_zero};
 use crate::point::{Point, PointError};
 use crate::source::Source;
 use crate::target::Target;
+use crate::turns::yield_to_others;
 use blkmark_bitmap::ByteRange;
 use std::io;
 use std::sync::{Mutex, MutexGuard};
@@ -253,19 +254,5 @@ impl<'w, 'a> Worker<'w, 'a> {
             }
             shared.control.admit(0)?;
         }
-    }
-}
-
-/// Tells the kernel that this thread is in no hurry: it does not push others off a processor when it wakes, and where the
-/// disk has a scheduler that knows priorities its requests come after the guest's. It keeps its share of the processors.
-pub(crate) fn yield_to_others() {
-    /// `IOPRIO_WHO_PROCESS` with id 0 is this thread; class 2 is best effort, 7 its lowest level (linux/ioprio.h).
-    const WHO_THREAD: libc::c_int = 1;
-    const LOWEST: libc::c_int = 2 << 13 | 7;
-    let ordinary = libc::sched_param { sched_priority: 0 };
-    // SAFETY: two calls about the calling thread; the first reads one sched_param. Where they are refused, nothing changes.
-    unsafe {
-        libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const ordinary);
-        libc::syscall(libc::SYS_ioprio_set, WHO_THREAD, 0, LOWEST);
     }
 }
