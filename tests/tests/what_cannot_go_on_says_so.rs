@@ -250,6 +250,68 @@ fn every_client_that_comes_hears_of_it_until_somebody_dismisses_it() -> Result<(
     daemon.stop().map(drop)
 }
 
+/// A copy of a point in time and a comparison, which do not go on.
+fn two_that_do_not_go_on(ends: fn(&Story) -> Result<&'static str>) -> Result<()> {
+    let mut story = Story::new()?;
+    let mut daemon = story.start()?;
+    let mut qmp = daemon.qmp()?;
+    qmp.run("block-dirty-bitmap-add", json!({"node": "drive0", "name": "b"}))?;
+    qmp.run("point-add", json!({"node": "drive0", "name": "p"}))?;
+    let copy = json!({"job-id": "copy", "device": "p", "target": story.lab.path("p.raw"), "format": "raw",
+        "sync": "full", "speed": UNIT});
+    qmp.run("drive-backup", copy)?;
+    let image = story.lab.path("older.raw");
+    fs::copy(&story.disk.path, &image)?;
+    let fill = json!({"job-id": "fill", "node": "drive0", "name": "b", "pattern": "diff", "image": image,
+        "format": "raw", "mode": "overwrite", "speed": UNIT});
+    qmp.run("block-dirty-bitmap-populate", fill)?;
+    story.write(0..8, 1)?;
+    let held = qmp.bitmap("drive0", "b")?;
+    ensure!(held["busy"] == true, "{held}");
+    // Of each its own, and that of the point.
+    while story.all_left()?.iter().filter(|path| path.extension().is_some_and(|end| end == "notice")).count() < 3 {
+        std::thread::yield_now();
+    }
+    daemon.process().kill()?;
+    let reason = ends(&story)?;
+    let daemon = story.start()?;
+    let told = story.told(&daemon)?;
+    for (job, kind) in [("copy", "backup"), ("fill", "bitmap-populate")] {
+        let end = told.iter().find(|told| told["event"] == "BLOCK_JOB_COMPLETED" && told["data"]["device"] == job);
+        let data = &end.with_context(|| format!("{job}: {told:?}"))?["data"];
+        ensure!(data["type"] == kind, "{told:?}");
+        ensure!(data["error"].as_str().is_some_and(|error| error.contains(reason)), "{told:?}");
+        daemon.qmp()?.run("job-dismiss", json!({"id": job}))?;
+    }
+    ensure!(story.told(&daemon)?.is_empty());
+    let bitmap = daemon.qmp()?.bitmap("drive0", "b")?;
+    ensure!(bitmap["busy"] == false && bitmap.get("inconsistent").is_none(), "{bitmap}");
+    // One that ends in the usual way leaves nothing to be told.
+    let mut qmp = daemon.qmp()?;
+    let fill = json!({"job-id": "fill", "node": "drive0", "name": "b", "pattern": "all"});
+    qmp.run("block-dirty-bitmap-populate", fill)?;
+    qmp.job_completed("fill")?;
+    drop(qmp);
+    daemon.stop()?;
+    ensure!(story.all_left()?.is_empty(), "{:?}", story.all_left()?);
+    Ok(())
+}
+
+#[test]
+fn a_copy_of_a_point_and_a_comparison_that_were_killed() -> Result<()> {
+    two_that_do_not_go_on(|_| Ok("jobs of its kind do not go on"))
+}
+
+#[test]
+fn a_copy_of_a_point_and_a_comparison_on_a_machine_that_was_started_anew() -> Result<()> {
+    two_that_do_not_go_on(|story| {
+        for entry in fs::read_dir(story.tmpfs.folder())? {
+            fs::remove_file(entry?.path())?;
+        }
+        Ok("what it had noted is gone")
+    })
+}
+
 #[test]
 fn a_job_of_the_same_name_is_not_taken_for_it() -> Result<()> {
     let mut story = Story::new()?;

@@ -133,7 +133,7 @@ impl Engine {
     /// Carries an operation out at once where that is the cheapest way, and answers its result (bytes, or a negative errno);
     /// else queues it and answers `None`: [`Engine::wait`] hands it to the kernel, and a completion of `token` tells.
     ///
-    /// Of many operations a disk without work gets the first [`FIRST`] at once, then each time as many as it has already: else it
+    /// Of many operations a disk without work gets the first two at once, then each time as many as it has already: else it
     /// would stand still until the last of them is prepared.
     ///
     /// # Safety

@@ -58,7 +58,7 @@ impl Control {
                 match state {
                     Ok((note, loaded)) => whole.push(Whole { disk, id, note, loaded }),
                     Err(reason) => match notice {
-                        Some(notice) => self.over(disk, notice.is_job, &notice.name, Some(&reason)),
+                        Some(notice) => self.over(disk, notice.job, &notice.name, Some(&reason)),
                         None => {
                             tracing::warn!(disk = disk.id, point = %id, reason, "a point in time ended with the process")
                         }
@@ -83,18 +83,18 @@ impl Control {
     }
 
     /// Says that something ended with the process before; `error`: it had not succeeded.
-    fn over(&self, disk: &Node, is_job: bool, name: &str, error: Option<&str>) {
-        match (is_job, error) {
-            (true, Some(reason)) => {
+    fn over(&self, disk: &Node, job: Option<Kind>, name: &str, error: Option<&str>) {
+        match (job, error) {
+            (Some(kind), Some(reason)) => {
                 tracing::error!(disk = disk.id, job = name, reason, "a job ended with the process before this one");
                 let error = format!("The job ended with the daemon that ran it: {reason}");
-                self.show_ended(disk, name, Some(error));
+                self.show_ended(disk, name, kind, Some(error));
             }
-            (true, None) => {
+            (Some(kind), None) => {
                 tracing::info!(disk = disk.id, job = name, "a job had succeeded when its daemon was killed");
-                self.show_ended(disk, name, None);
+                self.show_ended(disk, name, kind, None);
             }
-            (false, reason) => {
+            (None, reason) => {
                 tracing::error!(
                     disk = disk.id,
                     point = name,
@@ -105,14 +105,14 @@ impl Control {
         }
     }
 
-    fn show_ended(&self, disk: &Node, name: &str, error: Option<String>) {
+    fn show_ended(&self, disk: &Node, name: &str, kind: Kind, error: Option<String>) {
         let size = disk.tracker.size();
-        self.jobs.show_ended(Ended { id: name.to_owned(), kind: Kind::Backup, size, error });
+        self.jobs.show_ended(Ended { id: name.to_owned(), kind, size, error });
     }
 
     fn over_for(&self, disk: &Node, note: &Note, reason: &str) {
         let notice = note.notice();
-        self.over(disk, notice.is_job, &notice.name, Some(reason));
+        self.over(disk, notice.job, &notice.name, Some(reason));
     }
 
     /// What can be said without looking at scratch or targets.
@@ -134,7 +134,7 @@ impl Control {
             }
             // With a group, all of it.
             (Phase::Committing, _) if found.is_done() || found.group().is_some_and(|group| done.contains(&group)) => {
-                self.over(disk, true, &note.notice().name, None);
+                self.over(disk, Some(Kind::Backup), &note.notice().name, None);
                 return None;
             }
             (Phase::Broken, _) => "its point in time was broken",

@@ -1,7 +1,7 @@
 //! What the world is told of a job, member for member as QEMU does it.
 
+use super::entry::Entry;
 use super::policy::Reaction;
-use super::registry::Entry;
 use super::state::Status;
 use super::work::Kind;
 use crate::copy::Side;

@@ -3,23 +3,36 @@
 //! Called by `registry` and `life` under the registry's lock: a note lies on tmpfs, so writing it waits for nothing.
 
 use super::backup::{Content, Held};
-use super::registry::{Entry, NewJob, Reservation, Settings};
-use super::work::Work;
+use super::entry::Entry;
+use super::order::{NewJob, Reservation, Settings};
+use super::work::{Kind, Work};
+use crate::node::Node;
 use crate::point::Wanted;
-use crate::resume::{Ledger, Member, Note, Phase, Role};
+use crate::resume::{Ledger, Member, Note, Notice, Phase, Role, Slip};
 use std::sync::Arc;
 use uuid::Uuid;
 
-/// A job's note, and where it is kept.
-pub(super) struct Keeping {
-    ledger: Arc<Ledger>,
-    note: Note,
+/// What a job keeps for the next process.
+pub(super) enum Keeping {
+    /// It can be gone on with: its note, and where that is kept.
+    Going { ledger: Arc<Ledger>, note: Note },
+    /// It ends with this one, which is to be told.
+    Ending(Slip),
 }
 
 impl Keeping {
-    /// Of a job that begins, if another process could go on with it.
+    /// Of a job that begins.
     pub(super) fn of(job: &NewJob, group: Option<(Uuid, usize)>) -> Option<Self> {
-        let Work::Backup(backup) = &job.work else { return None };
+        let ending = |node: &Node, kind| {
+            let haven = node.haven()?;
+            let notice = Notice::of_job(haven.boot(), job.id.id().to_owned(), kind);
+            Some(Self::Ending(Slip::leave(haven, notice)))
+        };
+        let backup = match &job.work {
+            Work::Backup(backup) if backup.held.point.is_view() => return ending(&backup.held.node, Kind::Backup),
+            Work::Backup(backup) => backup,
+            Work::Populate(populate) => return ending(&populate.node, Kind::Populate),
+        };
         let target = backup.target.file_id();
         Self::new(&job.id, &job.settings, &backup.held, |member| Member { paused: job.paused, group, target, ..member })
     }
@@ -60,13 +73,20 @@ impl Keeping {
         };
         ledger.set_note(&note);
         ledger.announce(note.notice());
-        Some(Self { ledger, note })
+        Some(Self::Going { ledger, note })
     }
 
     /// How far it is.
     pub(super) fn set_phase(&self, phase: Phase) {
-        if let Err(error) = self.ledger.set_phase(phase) {
-            tracing::error!(%error, ?phase, "a ledger cannot say how far its job is");
+        match (self, phase) {
+            (Self::Going { ledger, .. }, phase) => {
+                if let Err(error) = ledger.set_phase(phase) {
+                    tracing::error!(%error, ?phase, "a ledger cannot say how far its job is");
+                }
+            }
+            (Self::Ending(slip), Phase::Committing) => slip.commits(),
+            (Self::Ending(slip), Phase::Over) => slip.end(),
+            (Self::Ending(_), Phase::Running | Phase::Broken) => {}
         }
     }
 }
@@ -83,7 +103,7 @@ impl Entry {
     pub(super) fn renew_note(&mut self) {
         let (paused, speed, error) = (self.user_paused, self.speed, self.error.clone());
         let latency = self.settings.guest_latency;
-        if let Some(Keeping { ledger, note }) = &mut self.keeping
+        if let Some(Keeping::Going { ledger, note }) = &mut self.keeping
             && let Role::Job(member) = &mut note.role
         {
             (member.paused, member.settings.speed, member.settings.guest_latency) = (paused, speed, latency);

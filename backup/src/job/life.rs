@@ -6,9 +6,10 @@
 //! of one. Everything here happens under the registry's lock, except for the copying itself.
 
 use super::backup::{Failure, Outcome};
+use super::entry::Entry;
 use super::events;
 use super::policy::{IoStatus, OnFailure, Reaction};
-use super::registry::{Entry, Inner, Jobs, lock};
+use super::registry::{Inner, Jobs, lock};
 use super::state::Status;
 use super::work::{Far, Held, Work};
 use crate::copy::{Action, Side};

@@ -15,19 +15,21 @@
 //!
 //! A place never crosses a page, so a kill leaves it whole: the kernel looks for signals between pages.
 
+mod load;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use load::Loaded;
+
+use super::announce::Announcement;
 use super::{Haven, Kind, Note, Notice};
 use crate::source::FileId;
-use blkmark_bitmap::{Bits, ByteRange, Granularity};
-use rustix::fs::SeekFrom;
+use blkmark_bitmap::{ByteRange, Granularity};
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 
 const MAGIC: &[u8; 8] = b"BLKMKLDG";
@@ -171,20 +173,6 @@ struct Inner {
     ended: bool,
 }
 
-/// Whether there is durable word of the point.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Announced {
-    No,
-    /// It is being written.
-    Underway,
-    There,
-    /// It is being written, and to be taken away again.
-    Unwanted,
-}
-
-/// How long the end of a point waits for the word of its beginning.
-const NOTICE_PATIENCE: Duration = Duration::from_secs(1);
-
 /// A ledger that is kept.
 pub(crate) struct Ledger {
     haven: Haven,
@@ -192,8 +180,7 @@ pub(crate) struct Ledger {
     plan: Plan,
     file: File,
     inner: Mutex<Inner>,
-    notice: Mutex<Announced>,
-    announced: Condvar,
+    word: Arc<Announcement>,
 }
 
 impl Ledger {
@@ -203,7 +190,7 @@ impl Ledger {
         let file = haven.create(id, Kind::Ledger)?;
         let held = vec![0; plan.groups() as usize];
         // From here on its drop takes the file away.
-        let ledger = Self::of(haven, id, plan, file, held, Announced::No);
+        let ledger = Self::of(haven, id, plan, file, held, false);
         ledger.file.set_len(plan.len())?;
         ledger.file.write_all_at(&plan.header(id), 0)?;
         ledger.set_phase(Phase::Running)?;
@@ -213,13 +200,13 @@ impl Ledger {
     /// Goes on with one that was read.
     pub(crate) fn reopen(haven: &Haven, loaded: Loaded) -> Self {
         let Loaded { id, plan, file, held, .. } = loaded;
-        Self::of(haven, id, plan, file, held, Announced::There)
+        Self::of(haven, id, plan, file, held, true)
     }
 
-    fn of(haven: &Haven, id: Uuid, plan: Plan, file: File, held: Vec<u64>, notice: Announced) -> Self {
+    fn of(haven: &Haven, id: Uuid, plan: Plan, file: File, held: Vec<u64>, announced: bool) -> Self {
         let inner = Mutex::new(Inner { held, given_up: false, ended: false });
-        let (notice, announced) = (Mutex::new(notice), Condvar::new());
-        Self { haven: haven.clone(), id, plan, file, inner, notice, announced }
+        let word = Announcement::of(haven, id, announced);
+        Self { haven: haven.clone(), id, plan, file, inner, word }
     }
 
     /// The point.
@@ -322,37 +309,9 @@ impl Ledger {
         }
     }
 
-    /// Says durably that there is such a point, on a thread of its own: the file system takes its time, and may hang.
-    pub(crate) fn announce(self: &Arc<Self>, notice: Notice) {
-        *self.notice() = Announced::Underway;
-        let ledger = Arc::clone(self);
-        let announce = move || {
-            let written = ledger.haven.replace(ledger.id, Kind::Notice, &notice.encode(), true);
-            if let Err(error) = &written {
-                tracing::warn!(point = %ledger.id, %error, "a power cut will end a job without a word");
-            }
-            let mut state = ledger.notice();
-            if *state == Announced::Unwanted {
-                ledger.remove(Kind::Notice);
-            }
-            *state = if written.is_ok() { Announced::There } else { Announced::No };
-            drop(state);
-            ledger.announced.notify_all();
-        };
-        if let Err(error) = std::thread::Builder::new().name("point-notice".to_owned()).spawn(announce) {
-            tracing::warn!(point = %self.id, %error, "a power cut will end a job without a word");
-            *self.notice() = Announced::No;
-        }
-    }
-
-    fn notice(&self) -> MutexGuard<'_, Announced> {
-        self.notice.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn remove(&self, kind: Kind) {
-        if let Err(error) = self.haven.remove(self.id, kind) {
-            tracing::warn!(point = %self.id, %error, "could not take away what a point in time had noted");
-        }
+    /// Says durably that there is such a point, some time soon.
+    pub(crate) fn announce(&self, notice: Notice) {
+        self.word.make(notice);
     }
 }
 
@@ -368,21 +327,9 @@ impl Ledger {
         if let Err(error) = told {
             tracing::warn!(point = %self.id, %error, "a ledger cannot say that its point is gone");
         }
-        self.remove(Kind::Note);
-        self.remove(Kind::Ledger);
-        let underway = |state: &mut Announced| *state == Announced::Underway;
-        let waited = self.announced.wait_timeout_while(self.notice(), NOTICE_PATIENCE, underway);
-        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        match *state {
-            // Whoever is at it takes it away.
-            Announced::Underway => *state = Announced::Unwanted,
-            Announced::There => {
-                *state = Announced::No;
-                drop(state);
-                self.remove(Kind::Notice);
-            }
-            Announced::No | Announced::Unwanted => {}
-        }
+        self.haven.take_away(self.id, Kind::Note);
+        self.haven.take_away(self.id, Kind::Ledger);
+        self.word.withdraw();
     }
 }
 
@@ -395,127 +342,5 @@ impl Drop for Ledger {
 impl fmt::Debug for Ledger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Ledger").field("id", &self.id).finish_non_exhaustive()
-    }
-}
-
-/// What a ledger says that a killed process left.
-#[derive(Debug)]
-pub(crate) struct Loaded {
-    pub(crate) id: Uuid,
-    pub(crate) plan: Plan,
-    pub(crate) phase: Phase,
-    /// The saved units that the target does not hold, by their start.
-    pub(crate) saved: Vec<(u64, Place)>,
-    held: Vec<u64>,
-    file: File,
-}
-
-fn damaged(what: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("{what} is damaged"))
-}
-
-fn word64(bytes: &[u8]) -> u64 {
-    bytes.try_into().map_or(0, u64::from_le_bytes)
-}
-
-fn word32(bytes: &[u8]) -> u32 {
-    bytes.try_into().map_or(0, u32::from_le_bytes)
-}
-
-impl Loaded {
-    /// All of it, or an error: a place that is not as it was written may have named what is nowhere else.
-    pub(crate) fn read(file: File, id: Uuid, disk: FileId) -> io::Result<Self> {
-        let mut header = [0; HEADER];
-        file.read_exact_at(&mut header, 0)?;
-        let uuid = |at: usize| Uuid::from_slice(&header[at..at + 16]).unwrap_or_default();
-        let word = |at: usize| word64(&header[at..at + 8]);
-        let unit = Granularity::new(word(72)).ok_or_else(|| damaged("the header"))?;
-        let found = FileId { device: word(48), inode: word(56) };
-        let plan = Plan { scratch: uuid(32), disk: found, size: word(64), unit };
-        if plan.header(id) != header || plan.size == 0 || plan.disk != disk {
-            return Err(damaged("the header"));
-        }
-        if unit.bits_for(plan.size) > u64::from(SLOT) << 2 || file.metadata()?.len() != plan.len() {
-            return Err(damaged("the length"));
-        }
-        let mut phase = [0; 8];
-        file.read_exact_at(&mut phase, PHASE_AT)?;
-        let phase = Phase::of(u64::from_le_bytes(phase)).ok_or_else(|| damaged("the phase"))?;
-        let mut loaded = Self { id, plan, phase, saved: Vec::new(), held: vec![0; plan.groups() as usize], file };
-        loaded.read_held()?;
-        loaded.read_saved()?;
-        Ok(loaded)
-    }
-
-    /// Every place of a table that is not zero, whole.
-    fn places(
-        &self,
-        (kind, at, count): (Kind, u64, u64),
-        mut found: impl FnMut(u64, [u8; 8]) -> io::Result<()>,
-    ) -> io::Result<()> {
-        let end = at + count * PLACE;
-        let mut buffer = vec![0; BATCH * PLACE as usize];
-        let mut from = at;
-        while from < end {
-            // The file is mostly a hole.
-            from = match rustix::fs::seek(&self.file, SeekFrom::Data(from)) {
-                Ok(data) => data.max(from) / PLACE * PLACE,
-                Err(rustix::io::Errno::NXIO) => return Ok(()),
-                Err(error) => return Err(error.into()),
-            };
-            if from >= end {
-                return Ok(());
-            }
-            let part = &mut buffer[..((end - from).min((BATCH as u64) * PLACE)) as usize];
-            self.file.read_exact_at(part, from)?;
-            for (i, bytes) in part.chunks_exact(PLACE as usize).enumerate() {
-                if bytes.iter().all(|byte| *byte == 0) {
-                    continue;
-                }
-                let index = (from - at) / PLACE + i as u64;
-                let body: [u8; 8] = bytes[..8].try_into().unwrap_or_default();
-                if bytes != place(self.id, kind, index, body) {
-                    return Err(damaged("a place"));
-                }
-                found(index, body)?;
-            }
-            from += part.len() as u64;
-        }
-        Ok(())
-    }
-
-    fn read_held(&mut self) -> io::Result<()> {
-        let mut held = std::mem::take(&mut self.held);
-        self.places((HELD, PAGE, self.plan.groups()), |group, body| {
-            held[group as usize] = u64::from_le_bytes(body);
-            Ok(())
-        })?;
-        self.held = held;
-        Ok(())
-    }
-
-    fn read_saved(&mut self) -> io::Result<()> {
-        let mut saved = Vec::new();
-        self.places((SAVED, self.plan.saved_at(), self.plan.units()), |unit, body| {
-            let place = Place::of(word32(&body[..4]), word32(&body[4..])).ok_or_else(|| damaged("a place"))?;
-            if self.held[(unit / GROUP) as usize] >> (unit % GROUP) & 1 == 0 {
-                saved.push((unit * self.plan.unit.bytes(), place));
-            }
-            Ok(())
-        })?;
-        self.saved = saved;
-        Ok(())
-    }
-
-    /// The units that the target holds.
-    pub(crate) fn in_target(&self) -> Bits {
-        let mut bits = Bits::new(self.plan.unit, self.plan.size);
-        for (group, word) in self.held.iter().enumerate().filter(|(_, word)| **word != 0) {
-            for bit in (0..GROUP).filter(|bit| word >> bit & 1 != 0) {
-                let unit = group as u64 * GROUP + bit;
-                bits.set(self.plan.unit.range(unit..unit + 1, self.plan.size));
-            }
-        }
-        bits
     }
 }

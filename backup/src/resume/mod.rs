@@ -3,7 +3,8 @@
 //! A point in time of a served disk has three files beside its scratch, all of which a killed process leaves as they were, since
 //! the kernel keeps what was written: a *ledger* (`ledger`: where each saved unit is, which units the target holds) and a *note*
 //! (`note`: what the point is for) on tmpfs, and a *notice* where scratch is, durable, which says no more than that there was one,
-//! for the case that the machine goes. Nothing of it is synced while a guest waits.
+//! for the case that the machine goes (`announce`). A job that does not go on leaves a *slip* (`slip`) and a notice. Nothing of it is
+//! synced while a guest waits.
 //!
 //! Called by `point` and `cbw`, which keep the ledger; by `job`, which keeps the note; by the daemon at a start ([`Haven::find`]),
 //! before the store is opened, and by `control::resume`, which makes jobs of what was found.
@@ -11,12 +12,15 @@
 //! **Invariant.** A unit of a point that its ledger does not name as saved or copied is on the disk as it was at the instant: the
 //! order is data, ledger, guest's write; and target, ledger, guest's write. What cannot be read whole is not gone on with.
 
+mod announce;
 mod ledger;
 mod note;
+mod slip;
 
 pub(crate) use ledger::{Ledger, Loaded, Phase, Place, Plan};
 pub use note::Notice;
 pub(crate) use note::{Member, Note, Role};
+pub(crate) use slip::Slip;
 
 use crate::source::FileId;
 use blkmark_bitmap::store::is_memory;
@@ -56,10 +60,12 @@ pub(crate) enum Kind {
     /// The part of scratch that is a file.
     File,
     Notice,
+    /// Of a job that does not go on.
+    Slip,
 }
 
 impl Kind {
-    const ALL: [Kind; 5] = [Kind::Ledger, Kind::Note, Kind::Memory, Kind::File, Kind::Notice];
+    const ALL: [Kind; 6] = [Kind::Ledger, Kind::Note, Kind::Memory, Kind::File, Kind::Notice, Kind::Slip];
 
     const fn name(self) -> &'static str {
         match self {
@@ -68,6 +74,7 @@ impl Kind {
             Kind::Memory => "memory",
             Kind::File => "scratch",
             Kind::Notice => "notice",
+            Kind::Slip => "slip",
         }
     }
 }
@@ -119,7 +126,7 @@ impl Haven {
 
     fn directory_of(&self, kind: Kind) -> &Path {
         match kind {
-            Kind::Ledger | Kind::Note | Kind::Memory => &self.memory,
+            Kind::Ledger | Kind::Note | Kind::Memory | Kind::Slip => &self.memory,
             Kind::File | Kind::Notice => &self.directory,
         }
     }
@@ -178,6 +185,13 @@ impl Haven {
         }
     }
 
+    /// The same where nothing can be done about a failure.
+    fn take_away(&self, id: Uuid, kind: Kind) {
+        if let Err(error) = self.remove(id, kind) {
+            tracing::warn!(point = %id, %error, "could not take away what a point in time had noted");
+        }
+    }
+
     /// The names of what is there in both directories, with the point that each belongs to.
     fn names(&self) -> Vec<(PathBuf, Uuid, Option<Kind>)> {
         let prefix = self.prefix();
@@ -212,7 +226,7 @@ impl Haven {
         let mut ids: BTreeMap<Uuid, ()> = BTreeMap::new();
         for (_, id, kind) in self.names() {
             // Scratch alone says nothing.
-            if matches!(kind, Some(Kind::Ledger | Kind::Note | Kind::Notice)) {
+            if matches!(kind, Some(Kind::Ledger | Kind::Note | Kind::Notice | Kind::Slip)) {
                 ids.insert(id, ());
             }
         }
@@ -221,6 +235,14 @@ impl Haven {
 
     fn find_one(&self, id: Uuid) -> Found {
         let notice = self.read(id, Kind::Notice).ok().and_then(|bytes| Notice::decode(&bytes));
+        if let Some(slip) = self.read(id, Kind::Slip).ok().and_then(|bytes| Notice::decode(&bytes)) {
+            let reason = match (slip.boot() == self.boot, slip.commits) {
+                (false, _) => "the machine was started anew",
+                (true, false) => "jobs of its kind do not go on",
+                (true, true) => "its end was being stored, so look whether it succeeded",
+            };
+            return Found { id, state: Err(reason.to_owned()), notice: Some(slip) };
+        }
         let load = || {
             let note = match self.read(id, Kind::Note) {
                 Ok(bytes) => Note::decode(&bytes).ok_or("its note is damaged")?,

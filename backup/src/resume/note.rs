@@ -7,7 +7,7 @@
 mod tests;
 
 use crate::cbw;
-use crate::job::{BitmapMode, Destination, Hold, OnError, OnFailure, Settings};
+use crate::job::{BitmapMode, Destination, Hold, Kind, OnError, OnFailure, Settings};
 use crate::point::PointOptions;
 use crate::source::FileId;
 use blkmark_bitmap::Granularity;
@@ -65,10 +65,13 @@ pub(crate) struct Member {
 /// That there was a point in time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Notice {
-    boot: Uuid,
+    pub(super) boot: Uuid,
     /// The job, or the name of the point.
     pub(crate) name: String,
-    pub(crate) is_job: bool,
+    /// What kind of a job; `None`: a point in time.
+    pub(crate) job: Option<Kind>,
+    /// What it comes to is being stored.
+    pub(super) commits: bool,
 }
 
 fn sealed(value: &Value) -> Vec<u8> {
@@ -149,11 +152,11 @@ impl Note {
 
     /// What is to be said of it once it is over.
     pub(crate) fn notice(&self) -> Notice {
-        let (name, is_job) = match &self.role {
-            Role::Point { name } => (name.clone(), false),
-            Role::Job(job) => (job.id.clone(), true),
+        let (name, job) = match &self.role {
+            Role::Point { name } => (name.clone(), None),
+            Role::Job(job) => (job.id.clone(), Some(Kind::Backup)),
         };
-        Notice { boot: self.boot, name, is_job }
+        Notice { boot: self.boot, name, job, commits: false }
     }
 
     pub(super) fn encode(&self) -> Vec<u8> {
@@ -276,6 +279,11 @@ impl Member {
 }
 
 impl Notice {
+    /// Of a job that does not go on.
+    pub(crate) fn of_job(boot: Uuid, name: String, kind: Kind) -> Self {
+        Self { boot, name, job: Some(kind), commits: false }
+    }
+
     pub(super) fn boot(&self) -> Uuid {
         self.boot
     }
@@ -284,14 +292,21 @@ impl Notice {
         let mut value = Map::new();
         value.insert("version".into(), VERSION.into());
         value.insert("boot".into(), self.boot.to_string().into());
-        value.insert(if self.is_job { "job" } else { "point" }.into(), self.name.clone().into());
+        value.insert(if self.job.is_some() { "job" } else { "point" }.into(), self.name.clone().into());
+        if let Some(kind) = self.job {
+            value.insert("type".into(), kind.name().into());
+        }
+        value.insert("commits".into(), self.commits.into());
         sealed(&value.into())
     }
 
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let value = unsealed(bytes)?;
         let (job, point) = (string(&value["job"]), string(&value["point"]));
-        let is_job = job.is_some();
-        Some(Self { boot: uuid(&value["boot"])?, name: job.or(point)?, is_job })
+        // What left none knew of no other.
+        let kind = Kind::ALL.into_iter().find(|kind| value["type"] == kind.name()).unwrap_or(Kind::Backup);
+        let kind = job.is_some().then_some(kind);
+        let commits = value["commits"].as_bool().unwrap_or(false);
+        Some(Self { boot: uuid(&value["boot"])?, name: job.or(point)?, job: kind, commits })
     }
 }

@@ -53,14 +53,15 @@ impl Torture {
         let (ended, alive): (Vec<_>, Vec<_>) =
             jobs.as_array().into_iter().flatten().partition(|job| job["status"] == "concluded");
         let id_of = |job: &serde_json::Value| job["id"].as_str().unwrap_or_default().to_owned();
+        let ids: Vec<String> = alive.into_iter().map(id_of).collect();
+        self.log.count("backups", "gone on with after a kill", ids.len() as u64);
+        // Before they are dismissed, which is told.
+        self.jobs_of_the_dead(&ids)?;
         for job in ended {
             self.log.say(format_args!("ended with the daemon: {job}"));
             self.log.count("backups", "shown as ended by a kill", 1);
             self.order("job-dismiss", json!({ "id": id_of(job) }))?;
         }
-        let ids: Vec<String> = alive.into_iter().map(id_of).collect();
-        self.log.count("backups", "gone on with after a kill", ids.len() as u64);
-        self.jobs_of_the_dead(&ids)?;
         let now = self.now()?;
         let shown = self.shown()?;
         for order in std::mem::take(&mut self.unsettled) {

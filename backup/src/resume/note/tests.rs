@@ -50,6 +50,17 @@ fn notes() -> Vec<Note> {
 }
 
 #[test]
+fn so_it_is_of_a_slip() {
+    for kind in Kind::ALL {
+        let notice = Notice::of_job(Uuid::new_v4(), "job".to_owned(), kind);
+        for commits in [false, true] {
+            let notice = Notice { commits, ..notice.clone() };
+            assert_eq!(Notice::decode(&notice.encode()), Some(notice));
+        }
+    }
+}
+
+#[test]
 fn what_is_read_is_what_was_written() {
     for note in notes() {
         assert_eq!(Note::decode(&note.encode()), Some(note.clone()));
