@@ -18,7 +18,8 @@ use super::record::{
 };
 use super::stamp::Stamp;
 use super::{Before, Flush, Place, reading, table};
-use crate::bits::{Bits, words_for};
+use crate::bits::Bits;
+use crate::blocks::words_for;
 use crate::checkpoints::{Checkpoint, CheckpointMark};
 use crate::layers::Layers;
 use crate::live::LiveMap;
