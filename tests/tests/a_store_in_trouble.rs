@@ -1,5 +1,5 @@
 //! The promise: whatever is wrong with the file system under a disk's bitmaps, the disk is served. One without room costs no bitmap,
-//! neither while the disk is served nor at a start after SIGTERM or kill -9; one that may not be written to costs bitmaps, and
+//! neither while the disk is served nor at a start after SIGTERM or kill -9; one that may not be written to, or not any more, costs bitmaps, and
 //! says so, and no bitmap lies once it may be written to again. And disks that are devices have their bitmaps in the one place
 //! that is made for them, or where the operator says.
 
@@ -118,6 +118,20 @@ fn no_room_on_ext4_costs_no_bitmap() -> Result<()> {
     full(&LoopFileSystem::mount(Kind::Ext4, 16 * MIB)?.folder())
 }
 
+#[test]
+fn no_room_on_xfs_costs_no_bitmap() -> Result<()> {
+    let xfs = LoopFileSystem::mount(Kind::Xfs, 300 * MIB)?;
+    // Most of it at once: what is looked at is what happens at the end of it.
+    let mut ballast = 300 * MIB;
+    let file = fs::File::create(xfs.path("ballast"))?;
+    while rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, ballast).is_err() {
+        ballast -= MIB;
+    }
+    file.set_len(ballast - 8 * MIB)?;
+    file.sync_all()?;
+    full(&xfs.folder())
+}
+
 fn remount(folder: &Path, how: &str) -> Result<()> {
     run(command("mount")?.args(["-o", &format!("remount,{how}")]).arg(folder)).map(drop)
 }
@@ -149,6 +163,52 @@ fn a_store_that_may_not_be_written_to_says_so_and_the_disk_is_served() -> Result
 
         // What was written meanwhile is in no bitmap, so none may be good.
         remount(small.folder(), "rw")?;
+        let mut served = Served::start(&lab, &disk, Some(&store))?;
+        ensure!(!served.look()?.0, "kill={kill}: a bitmap lies: {}", served.process.log_tail());
+        served.qmp.run("block-dirty-bitmap-remove", json!({"node": "drive0", "name": "b"}))?;
+        served.add("b")?;
+        served.end(false)?;
+    }
+    Ok(())
+}
+
+/// As after an error of the medium beneath it: nothing can be changed in it any more, whoever has it open.
+fn fails(ext4: &LoopFileSystem) -> Result<()> {
+    let device = run(command("findmnt")?.args(["--noheadings", "--output", "SOURCE"]).arg(ext4.folder()))?;
+    let name = device.trim().trim_start_matches("/dev/");
+    fs::write(format!("/sys/fs/ext4/{name}/trigger_fs_error"), "a test")?;
+    ensure!(fs::write(ext4.path("probe"), "").is_err(), "the file system may still be written to");
+    Ok(())
+}
+
+#[test]
+fn a_store_that_becomes_read_only_while_served_says_so_and_no_bitmap_lies() -> Result<()> {
+    for kill in [false, true] {
+        let lab = Lab::new()?;
+        let disk = lab.disk("drive0", SIZE)?;
+        let mut ext4 = LoopFileSystem::mount(Kind::Ext4, 16 * MIB)?;
+        remount(&ext4.folder(), "errors=remount-ro")?;
+        let store = ext4.path("store");
+        let mut served = Served::start(&lab, &disk, Some(&store))?;
+        served.add("b")?;
+        write(&disk, 0)?;
+        fails(&ext4)?;
+
+        // The guest writes on, where the store knows that it does and where it cannot be told.
+        write(&disk, 0)?;
+        write(&disk, 160 * MIB)?;
+        ensure!(!served.look()?.0, "a bitmap that cannot be kept is shown as good");
+        let refused = served.qmp.refused("block-dirty-bitmap-add", json!({"node": "drive0", "name": "c"}))?.to_string();
+        ensure!(refused.contains("Read-only file system") && refused.contains("restart"), "{refused}");
+        served.qmp.run("block-dirty-bitmap-add", json!({"node": "drive0", "name": "passing", "persistent": false}))?;
+        write(&disk, 80 * MIB)?;
+        ensure!(served.qmp.bitmap("drive0", "passing")?["count"] == 65536, "a bitmap in memory has to go on");
+        let log = served.process.log();
+        ensure!(log.contains("the bitmap store failed; its bitmaps are inconsistent, the disk is served on"), "{log}");
+        served.end(kill)?;
+
+        // Mended and mounted anew.
+        ext4.offline(|image| run(command("e2fsck")?.args(["-y", "-f"]).arg(image)).map(drop).or(Ok(())))?;
         let mut served = Served::start(&lab, &disk, Some(&store))?;
         ensure!(!served.look()?.0, "kill={kill}: a bitmap lies: {}", served.process.log_tail());
         served.qmp.run("block-dirty-bitmap-remove", json!({"node": "drive0", "name": "b"}))?;

@@ -5,7 +5,7 @@ use std::io;
 use blkmark_backup::qmp::ClientError;
 use blkmark_backup::target::TargetError;
 
-use super::prove::Disproof;
+use super::disproof::Disproof;
 use crate::frontend::FrontendError;
 
 /// Why a demo did not come to a good end.

@@ -9,12 +9,13 @@
 //!   │    ├─ workload ── which request comes next
 //!   │    └─ model ── what each block holds, from its number and a stamp
 //!   ├─ orders ── the administrator at the control socket
-//!   ├─ prove ── is a restored image the disk at that instant?
+//!   ├─ prove ── is a restored image the disk at that instant? (disproof: how it is not)
 //!   └─ map, show, report ── what the user sees
 //! ```
 //!
 //! Invariant: it says "equal" only of what it has compared, and any check that fails ends it with the block that differs.
 
+mod disproof;
 mod error;
 mod map;
 mod model;

@@ -12,12 +12,13 @@ use blkmark_backup::target::image::flatten;
 use blkmark_backup::target::{Format, Policy};
 use blkmark_bitmap::Tracker;
 
+use super::disproof::Disproof;
 use super::error::DemoError;
 use super::map;
 use super::model::{BLOCK, Snapshot, Table};
 use super::orders::{BITMAP, DISK, Orders, stand_on};
 use super::place::{Place, make_disk};
-use super::prove::{Around, Disproof, Restored, between, equal};
+use super::prove::{Around, Restored, between, equal};
 use super::report::{Backup, Proof, Report, time};
 use super::show::{Show, rate};
 use super::signals::Signals;

@@ -4,8 +4,17 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::memory::OutOfRange;
 use super::request::Status;
+
+/// An access that would leave guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("guest address {address:#x}, {len} bytes, is outside guest memory")]
+pub struct OutOfRange {
+    /// Guest physical address.
+    pub address: u64,
+    /// Bytes accessed.
+    pub len: usize,
+}
 
 /// Why a front end call failed.
 #[derive(Debug, thiserror::Error)]

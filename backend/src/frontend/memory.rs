@@ -11,21 +11,11 @@ use std::sync::atomic::AtomicU16;
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 
-use super::error::FrontendError;
+use super::error::{FrontendError, OutOfRange};
 
 /// Where guest memory begins in guest physical address space: unlike any host address and unlike zero, so that a
 /// back end that mixes up its address spaces is found out.
 const GUEST_BASE: u64 = 0x1_0000_0000;
-
-/// An access that would leave guest memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("guest address {address:#x}, {len} bytes, is outside guest memory")]
-pub struct OutOfRange {
-    /// Guest physical address.
-    pub address: u64,
-    /// Bytes accessed.
-    pub len: usize,
-}
 
 /// One region of guest memory.
 #[derive(Debug)]

@@ -53,10 +53,10 @@ mod ring_tests;
 
 pub use config::DeviceConfig;
 pub use disk::Disk;
-pub use error::FrontendError;
+pub use error::{FrontendError, OutOfRange};
 pub use guest::Guest;
 pub use histogram::Histogram;
-pub use memory::{GuestMemory, OutOfRange};
+pub use memory::GuestMemory;
 pub use options::{MemoryMessage, Options};
 pub use queue::{Queue, Wait};
 pub use raw::{Descriptor, RawQueue};

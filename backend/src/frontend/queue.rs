@@ -14,10 +14,10 @@ use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRI
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::DeviceConfig;
-use super::error::FrontendError;
+use super::error::{FrontendError, OutOfRange};
 use super::layout::{DESCRIPTOR_LEN, Layout};
 use super::link::Link;
-use super::memory::{GuestMemory, OutOfRange};
+use super::memory::GuestMemory;
 use super::raw::{Descriptor, RawQueue};
 use super::request::{Buffer, Completion, HEADER_LEN, Request, SEGMENT_LEN, STATUS_MISSING, Status};
 use super::ring::DriverRing;

@@ -8,8 +8,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::error::FrontendError;
-use super::memory::OutOfRange;
+use super::error::{FrontendError, OutOfRange};
 use super::queue::{Queue, Wait};
 
 /// A descriptor of the split virtqueue, field by field (virtio 1.2, section 2.7.5).

@@ -4,8 +4,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
+use super::error::OutOfRange;
 use super::layout::Layout;
-use super::memory::{GuestMemory, OutOfRange};
+use super::memory::GuestMemory;
 
 /// VRING_AVAIL_F_NO_INTERRUPT.
 const NO_INTERRUPT: u16 = 1;
