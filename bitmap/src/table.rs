@@ -14,6 +14,10 @@ use crate::sync::{AtomicU32, AtomicU64};
 #[cfg(not(any(loom, shuttle)))]
 const LARGE: usize = 32 << 10;
 
+/// A huge page where they are smallest; what has fewer bytes does not get any by itself.
+#[cfg(not(any(loom, shuttle)))]
+const HUGE: usize = 2 << 20;
+
 /// What a table may consist of.
 ///
 /// # Safety
@@ -74,10 +78,12 @@ fn map(bytes: usize) -> Option<NonNull<u8>> {
     let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
     // SAFETY: a new mapping at an address of the kernel's choice takes no memory away from anybody.
     let start = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), bytes, protection, flags).ok()? };
-    // What is touched here and there is not to take huge pages, nor to wait until one is cleared. If that is refused it is
-    // merely dearer.
-    // SAFETY: the mapping of the line above; the advice changes no content.
-    let _ = unsafe { rustix::mm::madvise(start, bytes, Advice::LinuxNoHugepage) };
+    if bytes >= HUGE {
+        // What is touched here and there is not to take huge pages, nor to wait until one is cleared. If that is refused it
+        // is merely dearer.
+        // SAFETY: the mapping of the lines above; the advice changes no content.
+        let _ = unsafe { rustix::mm::madvise(start, bytes, Advice::LinuxNoHugepage) };
+    }
     NonNull::new(start.cast())
 }
 
