@@ -17,7 +17,7 @@ use std::ops::Range;
 pub struct Bits {
     granularity: Granularity,
     size: u64,
-    blocks: Blocks,
+    blocks: Box<Blocks>,
 }
 
 impl Clone for Bits {
@@ -42,7 +42,7 @@ impl Eq for Bits {}
 impl Bits {
     /// No bit set.
     pub fn new(granularity: Granularity, size: u64) -> Self {
-        Self { granularity, size, blocks: Blocks::new(words_for(granularity, size)) }
+        Self { granularity, size, blocks: Box::new(Blocks::new(words_for(granularity, size))) }
     }
 
     /// Every bit set.
