@@ -5,8 +5,10 @@
 
 use std::collections::VecDeque;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use blkmark_backup::qmp::client::{begun_job, is_of_job};
 use blkmark_backup::qmp::{Client, ClientError, Event, QmpError};
 use serde_json::{Value, json};
 
@@ -65,6 +67,19 @@ impl Qmp {
 
     /// The next event that `wanted` picks; the others stay for later.
     pub fn event(&mut self, wanted: impl Fn(&Event) -> bool) -> Result<Event> {
+        let kept = &mut self.kept;
+        let mut keep = |event: &Event| {
+            if let Some(job) = begun_job(&event.name, &event.data) {
+                // As the client does with those it has: an earlier job of this name is none of this one's business.
+                kept.retain(|event| !is_of_job(event, job));
+            }
+            kept.push_back(event.clone());
+        };
+        // What is there already, so that it is known which jobs have begun.
+        self.client.wait_event(Duration::ZERO, |event| {
+            keep(event);
+            false
+        })?;
         if let Some(at) = self.kept.iter().position(&wanted)
             && let Some(event) = self.kept.remove(at)
         {

@@ -5,7 +5,9 @@
 //! cannot be gone on with is the matter of `what_cannot_go_on_says_so`.
 
 use std::fs;
-use std::path::PathBuf;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
 use blkmark::frontend::Guest;
@@ -13,9 +15,12 @@ use blkmark_tests::beside::{Stop, Worker, beside};
 use blkmark_tests::daemon::Daemon;
 use blkmark_tests::images;
 use blkmark_tests::lab::{Disk, Lab, MIB};
+use blkmark_tests::process::Process;
 use blkmark_tests::qmp::Qmp;
 use blkmark_tests::small_fs::SmallFileSystem;
+use blkmark_tests::tools;
 use blkmark_tests::versions::Record;
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 const SIZE: u64 = 48 * MIB;
@@ -105,7 +110,10 @@ impl Scene<'_> {
 
     /// Kills the daemon, starts another, and lets the guests go on.
     fn kill(&mut self) -> Result<()> {
-        self.daemon.take().context("a daemon")?.process().kill()?;
+        let mut killed = self.daemon.take().context("a daemon")?;
+        if killed.process().is_running() {
+            killed.process().kill()?;
+        }
         let daemon = Daemon::blkmark(&self.stage.lab, &self.stage.disks)?;
         self.daemon = Some(daemon);
         for ((guest, disk), record) in self.guests.iter_mut().zip(&self.stage.disks).zip(&self.stage.records) {
@@ -152,6 +160,11 @@ impl Scene<'_> {
         self.check(0, &image, &moment)?;
         Ok(image)
     }
+}
+
+/// How often a job is to be killed: `BLKMARK_KILLS`, or as given.
+fn kills(usual: usize) -> usize {
+    std::env::var("BLKMARK_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(usual)
 }
 
 fn full(target: &std::path::Path, format: &str) -> Value {
@@ -221,6 +234,167 @@ fn qcow2_images_go_on_and_are_sound() -> Result<()> {
             images::assert_sound(&top)?;
             scene.check(0, &images::restore(&base)?, &first)?;
             scene.check(0, &images::restore(&top)?, &second)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn backups_into_nodes_go_on() -> Result<()> {
+    for qcow2 in [false, true] {
+        let stage = Stage::new(1)?;
+        let image = stage.lab.path("node.img");
+        stage.tell(|scene| {
+            add_bitmap(scene, "drive0")?;
+            let mut qmp = scene.qmp()?;
+            match qcow2 {
+                // In one description, and in two.
+                false => {
+                    fs::File::create(&image)?.set_len(SIZE)?;
+                    let file = json!({"driver": "file", "filename": image, "node-name": "below"});
+                    qmp.run("blockdev-add", json!({"driver": "raw", "node-name": "t", "file": file}))?;
+                }
+                true => {
+                    tools::run(
+                        tools::command("qemu-img")?
+                            .args(["create", "-q", "-f", "qcow2"])
+                            .arg(&image)
+                            .arg(SIZE.to_string()),
+                    )?;
+                    qmp.run("blockdev-add", json!({"driver": "file", "filename": image, "node-name": "below"}))?;
+                    qmp.run("blockdev-add", json!({"driver": "qcow2", "node-name": "t", "file": "below"}))?;
+                }
+            }
+            let order = json!({"job-id": "full", "device": "drive0", "target": "t", "sync": "full", "bitmap": "b",
+                "bitmap-mode": "on-success", "speed": SLOW});
+            let moment = scene.order("blockdev-backup", order)?;
+            for _ in 0..kills(3) {
+                scene.load()?;
+                scene.kill()?;
+                ensure!(scene.job("full")?["status"] == "running");
+                scene.qmp()?.refused("blockdev-del", json!({"node-name": "t"}))?;
+            }
+            scene.complete("full", &["full"])?;
+            let mut qmp = scene.qmp()?;
+            qmp.run("blockdev-del", json!({"node-name": "t"}))?;
+            if qcow2 {
+                qmp.run("blockdev-del", json!({"node-name": "below"}))?;
+                images::assert_sound(&image)?;
+                return scene.check(0, &images::restore(&image)?, &moment);
+            }
+            scene.check(0, &image, &moment)
+        })?;
+    }
+    Ok(())
+}
+
+/// An NBD server that keeps what it is sent to itself until it is flushed.
+struct Server {
+    process: Process,
+    socket: PathBuf,
+    file: PathBuf,
+}
+
+impl Server {
+    fn start(lab: &Lab) -> Result<Server> {
+        let (socket, file) = (lab.path("nbd.sock"), lab.path("export.raw"));
+        let image = fs::OpenOptions::new().write(true).create(true).truncate(false).open(&file)?;
+        image.set_len(SIZE)?;
+        Ok(Server { process: Server::process(lab, &socket, &file)?, socket, file })
+    }
+
+    fn process(lab: &Lab, socket: &Path, file: &Path) -> Result<Process> {
+        let _ = fs::remove_file(socket);
+        let mut command = tools::command("nbdkit")?;
+        command.args(["-f", "--filter=cache", "-U"]).arg(socket).arg("file").arg(file).arg("cache=writeback");
+        let mut process = Process::start("nbdkit", command.stdin(Stdio::null()), &lab.path("nbdkit.log"))?;
+        // It says nowhere that it is ready.
+        while UnixStream::connect(socket).is_err() {
+            ensure!(process.is_running(), "{}", process.log_tail());
+            std::thread::yield_now();
+        }
+        Ok(process)
+    }
+}
+
+#[test]
+fn a_backup_into_an_nbd_export_goes_on_although_the_server_forgets_hangs_or_is_late() -> Result<()> {
+    let stage = Stage::new(1)?;
+    let mut server = Server::start(&stage.lab)?;
+    stage.tell(|scene| {
+        add_bitmap(scene, "drive0")?;
+        for (job, sync) in [("full", "full"), ("inc", "incremental")] {
+            let server_at = json!({"type": "unix", "path": server.socket});
+            let node = json!({"driver": "nbd", "node-name": "t", "server": server_at, "export": ""});
+            scene.qmp()?.run("blockdev-add", node)?;
+            let mut order = json!({"job-id": job, "device": "drive0", "target": "t", "sync": sync, "bitmap": "b",
+                "speed": SLOW});
+            if sync == "full" {
+                order["bitmap-mode"] = "on-success".into();
+            }
+            let moment = scene.order("blockdev-backup", order)?;
+            for round in 0..kills(3) {
+                scene.load()?;
+                match round % 3 {
+                    // It forgets what it was not told to flush, and comes back when the guests have long been served again.
+                    0 => {
+                        scene.daemon.as_mut().context("a daemon")?.process().kill()?;
+                        server.process.kill()?;
+                        scene.kill()?;
+                        scene.load()?;
+                        server.process = Server::process(&scene.stage.lab, &server.socket, &server.file)?;
+                    }
+                    // It accepts connections and says nothing.
+                    1 => {
+                        server.process.signal(Signal::STOP)?;
+                        scene.kill()?;
+                        scene.load()?;
+                        server.process.signal(Signal::CONT)?;
+                    }
+                    _ => scene.kill()?,
+                }
+                ensure!(scene.job(job)?["status"] == "running", "{}", scene.job(job)?);
+            }
+            scene.complete(job, &[job])?;
+            scene.check(0, &server.file, &moment)?;
+            scene.qmp()?.run("blockdev-del", json!({"node-name": "t"}))?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_server_that_stays_away_is_the_policys_affair() -> Result<()> {
+    for policy in ["report", "stop"] {
+        let stage = Stage::new(1)?;
+        let mut server = Server::start(&stage.lab)?;
+        stage.tell(|scene| {
+            add_bitmap(scene, "drive0")?;
+            let server_at = json!({"type": "unix", "path": server.socket});
+            let node = json!({"driver": "nbd", "node-name": "t", "server": server_at, "export": ""});
+            scene.qmp()?.run("blockdev-add", node)?;
+            let order = json!({"job-id": "full", "device": "drive0", "target": "t", "sync": "full", "bitmap": "b",
+                "bitmap-mode": "on-success", "speed": SLOW, "on-target-error": policy});
+            let moment = scene.order("blockdev-backup", order)?;
+            scene.load()?;
+            scene.daemon.as_mut().context("a daemon")?.process().kill()?;
+            server.process.kill()?;
+            scene.kill()?;
+            let mut qmp = scene.qmp()?;
+            if policy == "report" {
+                let error = qmp.job_failed("full")?;
+                ensure!(error.contains("Failed to connect"), "{error}");
+                ensure!(qmp.bitmap("drive0", "b")?["busy"] == false);
+                qmp.run("blockdev-del", json!({"node-name": "t"}))?;
+                return Ok(());
+            }
+            while scene.job("full")?["status"] != "paused" {
+                scene.load()?;
+            }
+            server.process = Server::process(&scene.stage.lab, &server.socket, &server.file)?;
+            qmp.run("job-resume", json!({"id": "full"}))?;
+            scene.complete("full", &["full"])?;
+            scene.check(0, &server.file, &moment)
         })?;
     }
     Ok(())

@@ -6,13 +6,17 @@
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
 use blkmark_tests::blkio_client::BlkioClient;
-use blkmark_tests::daemon::{Daemon, Kind};
+use blkmark_tests::daemon::{Daemon, Kind, blkmark_binary};
 use blkmark_tests::lab::{Disk, Lab, MIB};
+use blkmark_tests::process::GIVE_UP;
 use blkmark_tests::small_fs::SmallFileSystem;
-use serde_json::json;
+use blkmark_tests::tools;
+use serde_json::{Value, json};
 
 const SIZE: u64 = 16 * MIB;
 const UNIT: u64 = 64 << 10;
@@ -90,6 +94,21 @@ impl Story {
         daemon.process().kill()?;
         damage(self)?;
         Ok(full)
+    }
+
+    /// What a client hears that connects now, before the answer to its first command.
+    fn told(&self, daemon: &Daemon) -> Result<Vec<Value>> {
+        let mut qmp = daemon.qmp()?;
+        let client = qmp.client();
+        client.send_raw(b"{\"execute\": \"query-version\"}\n")?;
+        let mut told = Vec::new();
+        loop {
+            let message = client.receive_raw(GIVE_UP)?.context("an answer")?;
+            if message.get("return").is_some() {
+                return Ok(told);
+            }
+            told.push(message);
+        }
     }
 
     /// It ended, for this reason; and nothing else came of it.
@@ -197,6 +216,56 @@ fn a_machine_that_was_started_anew() -> Result<()> {
         }
         Ok(())
     })
+}
+
+#[test]
+fn every_client_that_comes_hears_of_it_until_somebody_dismisses_it() -> Result<()> {
+    let mut story = Story::new()?;
+    let began = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
+    story.killed(|story| cut(&story.left("ledger")?))?;
+    let daemon = story.start()?;
+    let first = story.told(&daemon)?;
+    ensure!(first.len() == 2 && first == story.told(&daemon)?, "{first:?} {:?}", story.told(&daemon)?);
+    let end = json!({"device": "inc", "type": "backup", "speed": 0, "offset": 0, "len": SIZE,
+        "error": first[0]["data"]["error"]});
+    ensure!(first[0]["event"] == "BLOCK_JOB_COMPLETED" && first[0]["data"] == end, "{first:?}");
+    ensure!(end["error"].as_str().is_some_and(|error| error.contains("its ledger cannot be read")), "{end}");
+    ensure!(first[1]["event"] == "JOB_STATUS_CHANGE", "{first:?}");
+    ensure!(first[1]["data"] == json!({"id": "inc", "status": "concluded"}), "{first:?}");
+    for told in &first {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
+        let time = told["timestamp"]["seconds"].as_u64().context("a time")?;
+        ensure!((began..=now).contains(&time), "{told}");
+    }
+    // QEMU's own library hears it too.
+    let script = story.lab.write("ended.py", include_str!("clients_qmp/ended.py"))?;
+    let said = tools::run(tools::python("python")?.arg(script).arg(daemon.control()))?;
+    ensure!(said.trim_end().ends_with("all is well"), "the script said:\n{said}");
+    let (mut one, mut other) = (daemon.qmp()?, daemon.qmp()?);
+    one.run("job-dismiss", json!({"id": "inc"}))?;
+    other.event(|event| event.name == "JOB_STATUS_CHANGE" && event.data == json!({"id": "inc", "status": "null"}))?;
+    let last = story.told(&daemon)?;
+    ensure!(last.is_empty(), "{last:?}");
+    drop((one, other));
+    daemon.stop().map(drop)
+}
+
+#[test]
+fn a_job_of_the_same_name_is_not_taken_for_it() -> Result<()> {
+    let mut story = Story::new()?;
+    let full = story.killed(|story| cut(&story.left("ledger")?))?;
+    let daemon = story.start()?;
+    // Our own command, whose first connection has just been told of a job of this name that failed.
+    let target = story.lab.path("again.raw");
+    fs::copy(&full, &target)?;
+    let mut command = Command::new(blkmark_binary()?);
+    command.arg("--control").arg(daemon.control()).args(["backup", "incremental", "--disk", "drive0", "--bitmap", "b"]);
+    command.args(["--format", "raw", "--existing", "--job", "inc", "--target"]).arg(&target);
+    tools::run(&mut command)?;
+    let told = story.told(&daemon)?;
+    ensure!(told.is_empty(), "{told:?}");
+    daemon.stop()?;
+    equal(&target, &story.disk)
 }
 
 #[test]

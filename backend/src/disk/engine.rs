@@ -4,6 +4,9 @@
 //! Knows nothing of requests: an operation has a token, a completion has the token and the kernel's result. The owner
 //! keeps the memory that an operation points to alive and in place until its completion has come.
 
+#[cfg(test)]
+mod tests;
+
 use super::enter::Entrance;
 use super::file::{DiskFile, Medium};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -14,6 +17,10 @@ use thiserror::Error;
 
 /// The disk is the only registered file.
 const DISK: types::Fixed = types::Fixed(0);
+
+/// So many operations are handed over by themselves if the kernel has none. Of more than two in one system call it keeps all back
+/// until it has seen the last (`IO_PLUG_THRESHOLD`).
+const FIRST: u32 = 2;
 
 /// What the disk can be asked to do.
 #[derive(Debug, Clone, Copy)]
@@ -84,8 +91,10 @@ pub struct Engine {
     entrance: Entrance,
     ring: IoUring,
     disk: Arc<DiskFile>,
-    /// Entries were pushed that the kernel has not been told of.
-    pushed: bool,
+    /// Entries that the kernel has not been told of.
+    queued: u32,
+    /// Entries that it was told of and has not ended, watches among them.
+    under_way: u32,
 }
 
 impl Engine {
@@ -106,14 +115,14 @@ impl Engine {
         let ring = ring.map_err(EngineError::Setup)?;
         ring.submitter().register_files(&[disk.as_fd().as_raw_fd()]).map_err(EngineError::Register)?;
         let entrance = Entrance::new(ring.as_raw_fd(), ring.params().is_feature_no_iowait());
-        Ok(Self { entrance, ring, disk: Arc::clone(disk), pushed: false })
+        Ok(Self { entrance, ring, disk: Arc::clone(disk), queued: 0, under_way: 0 })
     }
 
     fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
-        self.pushed = true;
         loop {
             // SAFETY: the entry's memory is kept by our caller until its completion, as `begin` and `watch` demand.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
+                self.queued += 1;
                 return Ok(());
             }
             // The ring is full: hand it over and try again.
@@ -123,6 +132,9 @@ impl Engine {
 
     /// Carries an operation out at once where that is the cheapest way, and answers its result (bytes, or a negative errno);
     /// else queues it and answers `None`: [`Engine::wait`] hands it to the kernel, and a completion of `token` tells.
+    ///
+    /// Of many operations a disk without work gets the first [`FIRST`] at once, then each time as many as it has already: else it
+    /// would stand still until the last of them is prepared.
     ///
     /// # Safety
     /// The iovecs, and the memory they point to, are mapped, and stay in place until the result has come.
@@ -135,6 +147,9 @@ impl Engine {
         // SAFETY: our caller's promise.
         let entry = unsafe { entry(&operation) };
         self.push(&entry.user_data(token))?;
+        if self.queued >= self.under_way.max(FIRST) {
+            self.enter(0, false)?;
+        }
         Ok(None)
     }
 
@@ -155,7 +170,7 @@ impl Engine {
     /// neither.
     #[inline]
     pub fn flush(&mut self) -> io::Result<()> {
-        if self.pushed || self.due() { self.enter(0, false) } else { Ok(()) }
+        if self.queued > 0 || self.due() { self.enter(0, false) } else { Ok(()) }
     }
 
     /// Whether there are completions to take, or to be made by [`Engine::flush`]. Costs two loads.
@@ -170,17 +185,18 @@ impl Engine {
     }
 
     fn enter(&mut self, want: u32, idle: bool) -> io::Result<()> {
-        self.pushed = false;
         let queue = self.ring.submission();
         let (submit, events) = (queue.len() as u32, queue.taskrun() || queue.cq_overflow());
         drop(queue);
-        match self.entrance.enter(submit, want, events, idle) {
+        let entered = self.entrance.enter(submit, want, events, idle);
+        // The kernel moves the head of the queue beyond what it has taken, whatever it answers.
+        let left = self.ring.submission().len() as u32;
+        self.under_way += submit.saturating_sub(left);
+        self.queued = left;
+        match entered {
             Ok(()) => Ok(()),
             // A signal; or more completions wait than the kernel likes, and the caller is about to take them.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {
-                self.pushed = !self.ring.submission().is_empty();
-                Ok(())
-            }
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => Ok(()),
             Err(error) => Err(error),
         }
     }
@@ -188,11 +204,11 @@ impl Engine {
     /// Moves all completions that have come into `into`.
     #[inline]
     pub fn completions(&mut self, into: &mut Vec<Completion>) {
-        into.extend(self.ring.completion().map(|entry| Completion {
-            token: entry.user_data(),
-            result: entry.result(),
-            more: cqueue::more(entry.flags()),
-        }));
+        for entry in self.ring.completion() {
+            let more = cqueue::more(entry.flags());
+            self.under_way = self.under_way.saturating_sub(u32::from(!more));
+            into.push(Completion { token: entry.user_data(), result: entry.result(), more });
+        }
     }
 }
 

@@ -9,8 +9,9 @@
 
 use std::time::{Duration, Instant};
 
-/// Rests that are slept through at once after spinning has failed again and again.
-const PATIENCE: u32 = 1024;
+/// Rests that are slept through at once after spinning has failed again and again: of requests that take 3 us, a spin in vain
+/// of 100 us costs one in a hundred.
+const PATIENCE: u32 = 4096;
 
 /// Looks between two looks at the clock.
 const LOOKS: u32 = 16;
@@ -92,9 +93,9 @@ mod tests {
     fn spinning_that_pays_comes_back() {
         let mut spin = Spin::new(SHORT);
         spins(&mut spin, 10_000, false);
-        // Every spin that finds something brings the next one nearer.
+        // What is slept through already stays so; from then on no spin is left out.
         let paid = spins(&mut spin, 10_000, true);
-        assert!(paid > 8_000, "{paid}");
+        assert!(paid >= 10_000 - PATIENCE, "{paid}");
     }
 
     #[test]

@@ -9,9 +9,7 @@ use super::points::{PointNode, PointUse};
 use super::transaction::{self, Action, Stage};
 use super::{Control, done};
 use crate::job::backup::Held;
-use crate::job::{
-    Backup, BitmapMode, Content, Destination as Named, Hold, JobError, NewJob, OnFailure, Reservation, Settings, Work,
-};
+use crate::job::{Backup, BitmapMode, Content, Hold, JobError, NewJob, OnFailure, Reservation, Settings, Work};
 use crate::node::Node;
 use crate::point::{Point, PointOptions, Wanted};
 use crate::qmp::{Arguments, QmpError};
@@ -359,7 +357,7 @@ pub(super) fn retry(control: &Control, mut arguments: Arguments) -> Result<Value
     arguments.finish()?;
     let elsewhere = match (node, path) {
         (Some(_), Some(_)) => return Err(QmpError::generic("Only one of 'target' and 'target-node' may be given")),
-        (Some(node), None) => Some(Destination::new(Named::Node(node))),
+        (Some(node), None) => Some(Destination::of_node(node)),
         (None, path) => path,
     };
     let retry = control.jobs.prepare_retry(&id)?;

@@ -48,6 +48,11 @@ impl Destination {
         Self { named, claim: None, opened: Opened::default() }
     }
 
+    /// A node of this name.
+    pub(super) fn of_node(name: String) -> Self {
+        Self::new(Named::Node { name, options: Vec::new() })
+    }
+
     /// Reads the members that name a file or device: `target`, `format`, `mode`.
     pub(super) fn read_path(arguments: &mut Arguments) -> Result<Self, QmpError> {
         if !arguments.has("target") {
@@ -74,7 +79,7 @@ impl Destination {
 
     /// Reads the member that names a node.
     pub(super) fn read_node(arguments: &mut Arguments) -> Result<Self, QmpError> {
-        Ok(Self::new(Named::Node(arguments.string("target")?)))
+        Ok(Self::of_node(arguments.string("target")?))
     }
 
     /// As the client named it.
@@ -85,7 +90,7 @@ impl Destination {
     /// What can be said before anything is taken or opened.
     pub(super) fn check(&self, control: &Control) -> Result<(), QmpError> {
         match &self.named {
-            Named::Node(name) => match control.disk(name).is_some() || control.target_node(name).is_some() {
+            Named::Node { name, .. } => match control.disk(name).is_some() || control.target_node(name).is_some() {
                 true => Ok(()),
                 false => Err(control.if_point(name, "nothing is written to it").unwrap_or_else(|| not_found(name))),
             },
@@ -107,7 +112,7 @@ impl Destination {
                 let raw = format.map_or(!existing, |format| format == Format::Raw);
                 (!raw, path.display().to_string())
             }
-            (None, Named::Node(_)) => return Ok(()),
+            (None, Named::Node { .. }) => return Ok(()),
         };
         match can {
             true => Ok(()),
@@ -140,9 +145,9 @@ impl Destination {
 
     /// The target, claimed; `None` while its file is not opened yet.
     pub(super) fn take(&mut self, control: &Control, disk: &Node) -> Result<Option<Arc<dyn Target>>, QmpError> {
-        let name = match &self.named {
+        let (name, options) = match &mut self.named {
             Named::Path { .. } => return Ok(self.opened.0.clone()),
-            Named::Node(name) => name,
+            Named::Node { name, options } => (name, options),
         };
         if *name == disk.id {
             return Err(QmpError::generic("Source and target cannot be the same"));
@@ -151,6 +156,7 @@ impl Destination {
             return Err(QmpError::generic(format!("Node '{name}' is busy: it is served to a guest")));
         }
         let node = control.target_node(name).ok_or_else(|| not_found(name))?;
+        *options = node.options();
         if self.claim.is_none() {
             self.claim = Some(Claim::take(&node, Use::Job)?);
         }

@@ -36,7 +36,7 @@ mod transaction;
 
 use crate::job::{JobError, Jobs};
 use crate::node::Node;
-use crate::qmp::{Arguments, Commands, Events, QmpError};
+use crate::qmp::{Arguments, Commands, Event, Events, QmpError};
 use crate::target::{Policy, TargetError};
 use blkmark_bitmap::BitmapError;
 use commands::COMMANDS;
@@ -48,6 +48,7 @@ use serde_json::{Map, Value, json};
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::SystemTime;
 
 pub use sandbox::{Confinement, Sandbox};
 
@@ -123,6 +124,10 @@ impl Commands for Control {
     fn execute(&self, name: &str, arguments: Map<String, Value>) -> Option<Result<Value, QmpError>> {
         let command = COMMANDS.iter().find(|command| command.name == name)?;
         Some((command.handler)(self, Arguments::new(arguments)))
+    }
+
+    fn told_before(&self) -> Vec<(SystemTime, Event)> {
+        self.jobs.told_before()
     }
 }
 

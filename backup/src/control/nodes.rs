@@ -15,7 +15,7 @@ use crate::qmp::{Arguments, QmpError};
 use crate::source::Source;
 use crate::target::image::Image;
 use crate::target::{self, Format, Policy, Target};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::fmt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -77,6 +77,8 @@ pub(super) struct TargetNode {
     server: Option<options::NbdServer>,
     /// Described within another node, and goes with it.
     inner: bool,
+    /// What `blockdev-add` was given, unless that is said within another node.
+    options: Option<Value>,
     opened: Mutex<Opened>,
 }
 
@@ -86,6 +88,15 @@ struct Description {
     driver: Driver,
     read_only: bool,
     file: FileOf,
+}
+
+/// How files are opened that are to be written.
+#[derive(Clone, Copy)]
+enum How {
+    /// As they are.
+    New,
+    /// As a killed process left them that was writing a disk of this size, in clusters of that size.
+    Left { size: u64, cluster: u64 },
 }
 
 enum FileOf {
@@ -109,6 +120,12 @@ impl TargetNode {
             Opened::ReadOnly(_) => Err(QmpError::generic("Could not create node: Block node is read-only")),
             Opened::Lent => Err(QmpError::generic(format!("Node '{}' could not be opened again", self.name))),
         }
+    }
+
+    /// What `blockdev-add` was given for it and, before that, for the node beneath.
+    pub(super) fn options(&self) -> Vec<Value> {
+        let below = self.file.as_ref().and_then(|(below, _)| below.options.clone());
+        below.into_iter().chain(self.options.clone()).collect()
     }
 
     /// What a job can read, opened anew: nobody may be writing to it.
@@ -138,7 +155,7 @@ impl TargetNode {
         if !matches!(*self.opened(), Opened::Lent) {
             return;
         }
-        let again = open(&self.path, Format::Raw, self.read_only, policy);
+        let again = open(&self.path, Format::Raw, self.read_only, policy, How::New);
         match again {
             Ok(opened) => *self.opened() = opened,
             Err(error) => tracing::warn!(node = self.name, %error, "could not be opened again"),
@@ -242,15 +259,22 @@ fn describe(arguments: &mut Arguments) -> Result<Description, QmpError> {
     Ok(Description { name: common.name, driver, read_only: common.read_only, file })
 }
 
-pub(super) fn add(control: &Control, arguments: Arguments) -> Result<Value, QmpError> {
-    let mut arguments = options::nested(arguments)?;
+/// Describes a node as `blockdev-add` was given it.
+fn describe_whole(members: Map<String, Value>) -> Result<Description, QmpError> {
+    let mut arguments = options::nested(Arguments::new(members))?;
     let description = describe(&mut arguments)?;
     arguments.finish()?;
     if description.name.is_none() {
         return Err(QmpError::generic("'node-name' must be specified for the root node"));
     }
+    Ok(description)
+}
+
+pub(super) fn add(control: &Control, arguments: Arguments) -> Result<Value, QmpError> {
+    let members = arguments.into_members();
+    let description = describe_whole(members.clone())?;
     let mut made = Vec::new();
-    make(control, description, false, &mut made)?;
+    make(control, description, Some(members.into()), How::New, &mut made)?;
     // Somebody else may have taken a name meanwhile; then all that was opened here is closed again.
     let taken = {
         let mut targets = control.targets();
@@ -274,11 +298,12 @@ pub(super) fn add(control: &Control, arguments: Arguments) -> Result<Value, QmpE
     }
 }
 
-/// Makes a node and, before it, what is described within it.
+/// Makes a node and, before it, what is described within it. `options`: what it is described by, none for one within another.
 fn make(
     control: &Control,
     description: Description,
-    inner: bool,
+    options: Option<Value>,
+    how: How,
     made: &mut Vec<Arc<TargetNode>>,
 ) -> Result<Arc<TargetNode>, QmpError> {
     let Description { name, driver, read_only, file } = description;
@@ -291,26 +316,28 @@ fn make(
     let (path, opened, file, server) = match file {
         FileOf::Path(path) => {
             check_kind(driver, &path)?;
-            let opened = open(&path, Format::Raw, read_only, &policy)?;
+            let opened = open(&path, Format::Raw, read_only, &policy, how)?;
             (path, opened, None, None)
         }
         FileOf::Server(server) => {
-            let opened = match read_only {
-                true => Opened::ReadOnly(server.size(&policy)?),
-                false => Opened::Writable(server.open(&policy)?),
+            let opened = match (read_only, how) {
+                (true, _) => Opened::ReadOnly(server.size(&policy)?),
+                (false, How::New) => Opened::Writable(server.open(&policy)?),
+                (false, How::Left { size, cluster }) => Opened::Writable(server.open_late(&policy, size, cluster)),
             };
             (server.name().into(), opened, None, Some(server))
         }
         FileOf::Described(description) if is_protocol(description.driver) => {
             let read_only_below = description.read_only;
-            let child = make(control, *description, true, made)?;
+            let child = make(control, *description, None, how, made)?;
             let claim = Claim::take(&child, Use::FileOf(name.clone()))?;
-            let opened = borrow(&child, driver, read_only || read_only_below, &policy)?;
+            let opened = borrow(&child, driver, read_only || read_only_below, &policy, how)?;
             (child.path.clone(), opened, Some((Arc::clone(&child), claim)), child.server.clone())
         }
         FileOf::Described(_) => return Err(stacked()),
         FileOf::Named(below) => {
-            let child = control.target_node(&below).ok_or_else(|| match control.disk(&below) {
+            let of_these = made.iter().find(|node| node.name == below).cloned();
+            let child = of_these.or_else(|| control.target_node(&below)).ok_or_else(|| match control.disk(&below) {
                 Some(_) => QmpError::generic(format!("Node '{below}' is busy: it is served to a guest")),
                 None => control.if_point(&below, "nothing stands on it").unwrap_or_else(|| not_found(&below)),
             })?;
@@ -318,7 +345,7 @@ fn make(
                 return Err(stacked());
             }
             let claim = Claim::take(&child, Use::FileOf(name.clone()))?;
-            let opened = borrow(&child, driver, read_only, &policy)?;
+            let opened = borrow(&child, driver, read_only, &policy, how)?;
             (child.path.clone(), opened, Some((Arc::clone(&child), claim)), child.server.clone())
         }
     };
@@ -330,11 +357,35 @@ fn make(
         claims: Claims::default(),
         file,
         server,
-        inner,
+        inner: options.is_none(),
+        options,
         opened: Mutex::new(opened),
     });
     made.push(Arc::clone(&node));
     Ok(node)
+}
+
+/// A node that a killed process was writing a backup into, opened again and claimed for its job, with those beneath it; none of them
+/// is in the list yet.
+pub(super) struct Reopened {
+    pub(super) nodes: Vec<Arc<TargetNode>>,
+    pub(super) claim: Claim,
+    pub(super) target: Arc<dyn Target>,
+}
+
+/// Opens the node again that `options` made, in the form of [`TargetNode::options`]. No server is asked for anything.
+pub(super) fn reopen(control: &Control, options: &[Value], size: u64, cluster: u64) -> Result<Reopened, QmpError> {
+    let mut nodes = Vec::new();
+    let mut last = None;
+    for options in options {
+        let members = options.as_object().cloned().unwrap_or_default();
+        let description = describe_whole(members)?;
+        let how = How::Left { size, cluster };
+        last = Some(make(control, description, Some(options.clone()), how, &mut nodes)?);
+    }
+    let node = last.ok_or_else(|| QmpError::generic("nothing was noted of its node"))?;
+    let claim = Claim::take(&node, Use::Job)?;
+    Ok(Reopened { nodes, claim, target: node.target()? })
 }
 
 fn is_protocol(driver: Driver) -> bool {
@@ -345,15 +396,19 @@ fn stacked() -> QmpError {
     QmpError::generic("A format node stands on a 'file', 'host_device' or 'nbd' node")
 }
 
-fn open(path: &Path, format: Format, read_only: bool, policy: &Policy) -> Result<Opened, QmpError> {
+fn open(path: &Path, format: Format, read_only: bool, policy: &Policy, how: How) -> Result<Opened, QmpError> {
     if read_only {
         return Ok(Opened::ReadOnly(Image::open(path, format, policy)?.size()));
     }
-    Ok(Opened::Writable(target::open(path, format, policy)?.into()))
+    let target = match how {
+        How::New => target::open(path, format, policy)?,
+        How::Left { .. } => target::reopen(path, format, policy)?,
+    };
+    Ok(Opened::Writable(target.into()))
 }
 
 /// Opens the format over `child`, which is claimed. The file is locked by who has it open, so the child closes it first.
-fn borrow(child: &TargetNode, driver: Driver, read_only: bool, policy: &Policy) -> Result<Opened, QmpError> {
+fn borrow(child: &TargetNode, driver: Driver, read_only: bool, policy: &Policy, how: How) -> Result<Opened, QmpError> {
     let mut below = child.opened();
     if let (Driver::Raw, false, Opened::Writable(target)) = (driver, read_only, &*below) {
         return Ok(Opened::Writable(Arc::clone(target)));
@@ -369,7 +424,7 @@ fn borrow(child: &TargetNode, driver: Driver, read_only: bool, policy: &Policy) 
     *below = Opened::Lent;
     drop(below);
     let format = if driver == Driver::Qcow2 { Format::Qcow2 } else { Format::Raw };
-    let opened = open(&child.path, format, read_only, policy);
+    let opened = open(&child.path, format, read_only, policy, how);
     if opened.is_err() {
         child.take_back(policy);
     }

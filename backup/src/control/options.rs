@@ -6,7 +6,7 @@
 use crate::cbw;
 use crate::copy::GUEST_LATENCY;
 use crate::job::{OnError, OnFailure, Settings};
-use crate::nbd::{Address, Client, ClientSettings, NbdReader, NbdTarget};
+use crate::nbd::{Address, Client, ClientSettings, LateTarget, NbdReader, NbdTarget};
 use crate::point::PointOptions;
 use crate::qmp::{Arguments, QmpError};
 use crate::source::Source;
@@ -123,6 +123,12 @@ impl NbdServer {
             Ok(target) => Ok(Arc::new(target)),
             Err(error) => Err(QmpError::generic(error.to_string())),
         }
+    }
+
+    /// What a killed process was writing to, with a connection to come.
+    pub(super) fn open_late(&self, policy: &Policy, size: u64, cluster: u64) -> Arc<dyn Target> {
+        let (address, export) = (self.address.clone(), self.export.clone());
+        Arc::new(LateTarget::new(address, export, self.settings, policy.clone(), size, cluster))
     }
 
     /// Connects, to read it.

@@ -6,12 +6,14 @@
 //!
 //! Invariant: after this, no bitmap is frozen for a job that is not there, and no file of a point is left that nobody uses.
 
+use super::claim::Claim;
 use super::destination::{Destination, check_size};
+use super::nodes::TargetNode;
 use super::points::PointNode;
-use super::{Control, points};
+use super::{Control, nodes, points};
 use crate::cbw::CopyBeforeWrite;
 use crate::job::backup::Held;
-use crate::job::{Backup, Content, Destination as Named, Ended, NewJob, Reservation, Work, commit_until_done};
+use crate::job::{Backup, Content, Destination as Named, Ended, Kind, NewJob, Reservation, Work, commit_until_done};
 use crate::node::Node;
 use crate::point::{Point, Wanted};
 use crate::resume::{Found, Loaded, Member, Note, Phase, Place, Role};
@@ -20,6 +22,7 @@ use crate::target::Target;
 use blkmark_bitmap::flip::Cut;
 use blkmark_bitmap::store::Before;
 use blkmark_bitmap::{Owner, flip};
+use std::any::Any;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use uuid::Uuid;
@@ -32,6 +35,9 @@ struct Restored {
     point: Arc<Point>,
     /// Of a job that copies.
     target: Option<Arc<dyn Target>>,
+    /// The nodes that the target consists of, if it is one, and the claim on it.
+    nodes: Vec<Arc<TargetNode>>,
+    claim: Option<Claim>,
     reservation: Option<Reservation>,
 }
 
@@ -82,11 +88,11 @@ impl Control {
             (true, Some(reason)) => {
                 tracing::error!(disk = disk.id, job = name, reason, "a job ended with the process before this one");
                 let error = format!("The job ended with the daemon that ran it: {reason}");
-                self.jobs.show_ended(Ended { id: name.to_owned(), error: Some(error) });
+                self.show_ended(disk, name, Some(error));
             }
             (true, None) => {
                 tracing::info!(disk = disk.id, job = name, "a job had succeeded when its daemon was killed");
-                self.jobs.show_ended(Ended { id: name.to_owned(), error: None });
+                self.show_ended(disk, name, None);
             }
             (false, reason) => {
                 tracing::error!(
@@ -97,6 +103,11 @@ impl Control {
                 );
             }
         }
+    }
+
+    fn show_ended(&self, disk: &Node, name: &str, error: Option<String>) {
+        let size = disk.tracker.size();
+        self.jobs.show_ended(Ended { id: name.to_owned(), kind: Kind::Backup, size, error });
     }
 
     fn over_for(&self, disk: &Node, note: &Note, reason: &str) {
@@ -201,11 +212,13 @@ impl Control {
                 return None;
             }
         };
-        let mut restored = Restored { disk: Arc::clone(disk), id, note, point, target: None, reservation: None };
+        let disk = Arc::clone(disk);
+        let (nodes, claim) = (Vec::new(), None);
+        let mut restored = Restored { disk, id, note, point, target: None, nodes, claim, reservation: None };
         match self.furnish(&mut restored) {
             Ok(()) => Some(restored),
             Err(reason) => {
-                self.over_for(disk, &restored.note, &reason);
+                self.over_for(&restored.disk, &restored.note, &reason);
                 None
             }
         }
@@ -224,21 +237,33 @@ impl Control {
         if job.error.is_some() {
             return Ok(());
         }
-        let Named::Path { path, format, existing } = &job.destination else {
-            return Err("its target was a node, and that ended too".to_owned());
-        };
         let size = restored.disk.tracker.size();
-        let target = match super::destination::reopen(self, path, format.as_deref(), *existing, job.target) {
-            Ok(target) => target,
-            // The target is gone, but nothing has to be in it.
-            Err(_) if !*existing && !restored.point.has_released() && !path.exists() => {
-                let mut destination = Destination::new(job.destination.clone());
-                destination.open(self, size, false).map_err(|error| error.to_string())?;
-                let target = destination.take(self, &restored.disk).map_err(|error| error.to_string())?;
-                drop(destination.hand_over());
-                target.ok_or("its target could not be made")?
+        let target = match &job.destination {
+            Named::Path { path, format, existing } => {
+                match super::destination::reopen(self, path, format.as_deref(), *existing, job.target) {
+                    Ok(target) => target,
+                    // The target is gone, but nothing has to be in it.
+                    Err(_) if !*existing && !restored.point.has_released() && !path.exists() => {
+                        let mut destination = Destination::new(job.destination.clone());
+                        destination.open(self, size, false).map_err(|error| error.to_string())?;
+                        let target = destination.take(self, &restored.disk).map_err(|error| error.to_string())?;
+                        drop(destination.hand_over());
+                        target.ok_or("its target could not be made")?
+                    }
+                    Err(error) => return Err(format!("its target cannot be gone on with: {error}")),
+                }
             }
-            Err(error) => return Err(format!("its target cannot be gone on with: {error}")),
+            Named::Node { name, options } => {
+                let cannot = |reason: &str| format!("its target, node '{name}', cannot be gone on with: {reason}");
+                let again = nodes::reopen(self, options, size, restored.note.cluster.bytes())
+                    .map_err(|error| cannot(&error.to_string()))?;
+                // An export has no such number.
+                if again.target.file_id() != job.target {
+                    return Err(cannot("it is another file"));
+                }
+                (restored.nodes, restored.claim) = (again.nodes, Some(again.claim));
+                again.target
+            }
         };
         check_size(&*target, &restored.disk).map_err(|error| error.to_string())?;
         restored.target = Some(target);
@@ -290,7 +315,8 @@ impl Control {
         let mut groups: Vec<(Option<Uuid>, Vec<NewJob>)> = Vec::new();
         for one in restored {
             tracing::warn!(disk = one.disk.id, point = %one.id, name = one.note.notice().name, "goes on after a kill");
-            let Restored { disk, note, point, target, reservation, .. } = one;
+            let Restored { disk, note, point, target, mut nodes, claim, reservation, .. } = one;
+            self.targets().append(&mut nodes);
             match note.role {
                 Role::Point { name } => {
                     points::note(&name, &disk, &point);
@@ -305,7 +331,7 @@ impl Control {
                         destination: job.destination,
                         content: if job.follows { Content::Overwritten } else { Content::Wanted },
                         compress: job.compress,
-                        claim: None,
+                        claim: claim.map(|claim| Box::new(claim) as Box<dyn Any + Send + Sync>),
                     };
                     match (job.error, target) {
                         (None, Some(target)) => {

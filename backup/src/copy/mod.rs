@@ -21,8 +21,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 use thiserror::Error;
+use worker::{NOTED_EVERY, Shared, Worker};
 pub(crate) use worker::{STEPS_A_SECOND, yield_to_others};
-use worker::{Shared, Worker};
 
 /// Workers for long runs. More does not help one disk, and each costs a buffer of `CHUNK`.
 const WORKERS: u64 = 4;
@@ -119,7 +119,7 @@ pub fn run(
     let workers = extent.workers(chunk);
     let pace = Pace::new(point.pulse(), control, chunk, workers);
     let deal = Mutex::new(Deal::new(point, plan));
-    let unreleased = Mutex::new((Vec::new(), Instant::now()));
+    let unreleased = Mutex::new((Vec::new(), Instant::now() + NOTED_EVERY));
     let shared = Shared { point, target, control, on_error, deal, pace, chunk, unreleased };
     let failure: Mutex<Option<CopyError>> = Mutex::new(None);
     let (hired, shared, failure) = (AtomicU64::new(WORKERS.min(workers)), &shared, &failure);

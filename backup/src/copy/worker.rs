@@ -19,8 +19,12 @@ use std::time::{Duration, Instant};
 /// Most runs in a hand: a worker that is told to stop finishes its hand first.
 const HAND: usize = 64;
 
-/// How often a target whose tables are in memory writes them, so that another process could go on.
-const NOTED_EVERY: Duration = Duration::from_millis(100);
+/// How often a target that holds things back (a qcow2 its tables, an NBD server what it has not flushed) has to see to it that
+/// another process could go on.
+pub(super) const NOTED_EVERY: Duration = Duration::from_millis(100);
+
+/// So much more often than it notes it does something else.
+const SELDOM: u32 = 8;
 
 /// Steps of a copy whose speed is bounded, if clusters are small enough.
 pub(crate) const STEPS_A_SECOND: u64 = 10;
@@ -44,7 +48,7 @@ pub(super) struct Shared<'a> {
     pub(super) pace: Pace<'a>,
     /// Bytes of the largest hand.
     pub(super) chunk: u64,
-    /// What is in the target and not yet released, and since when.
+    /// What is in the target and not yet released, and until when that may wait.
     pub(super) unreleased: Mutex<(Vec<ByteRange>, Instant)>,
 }
 
@@ -64,14 +68,21 @@ impl<'a> Shared<'a> {
         let ranges = {
             let mut unreleased = self.unreleased.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             unreleased.0.extend_from_slice(done);
-            if unreleased.1.elapsed() < NOTED_EVERY {
+            let now = Instant::now();
+            if now < unreleased.1 {
                 return;
             }
-            unreleased.1 = Instant::now();
+            unreleased.1 = now + NOTED_EVERY;
             std::mem::take(&mut unreleased.0)
         };
         // Only what was written before it.
-        match self.target.note_down() {
+        let began = Instant::now();
+        let noted = self.target.note_down();
+        let next = Instant::now() + began.elapsed() * SELDOM;
+        let mut unreleased = self.unreleased.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        unreleased.1 = unreleased.1.max(next);
+        drop(unreleased);
+        match noted {
             Ok(()) => self.point.release(&ranges),
             // The point keeps it for longer; the next write, or the end, meets the error.
             Err(error) => tracing::debug!(%error, "a target could not be noted down"),

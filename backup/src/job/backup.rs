@@ -19,6 +19,7 @@ use crate::point::{Point, PointError};
 use crate::target::{Target, os_text};
 use blkmark_bitmap::named::Draft;
 use blkmark_bitmap::{BitmapError, Bits, ByteRange};
+use serde_json::Value;
 use std::any::Any;
 use std::fmt;
 use std::io;
@@ -61,7 +62,12 @@ pub struct Hold {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Destination {
     /// A node that `blockdev-add` made.
-    Node(String),
+    Node {
+        /// Its name.
+        name: String,
+        /// What `blockdev-add` was given to make it, those beneath it first; empty until it is claimed.
+        options: Vec<Value>,
+    },
     /// A file or device that the command opens or makes.
     Path {
         /// Where it is.
@@ -204,7 +210,8 @@ impl Backup {
             control.admit(cluster.len())?;
             let data = &mut buffer[..cluster.len() as usize];
             self.held.point.take(cluster, data)?;
-            while let Err(error) = self.put(cluster, data) {
+            // What is not noted down is not given up, and nothing else is taken before.
+            while let Err(error) = self.put(cluster, data).and_then(|()| self.note_down()) {
                 match on_error(Side::Target, &error) {
                     Action::Report => return Err(Failure::Error(os_text(&error))),
                     Action::Retry | Action::Stop => {
@@ -213,12 +220,15 @@ impl Backup {
                     }
                 }
             }
-            if self.target.note_down().is_ok() {
-                self.held.point.release(&[cluster]);
-            }
+            self.held.point.release(&[cluster]);
             control.add_done(cluster.len());
         }
         Ok(())
+    }
+
+    /// Where somebody could go on with it.
+    fn note_down(&self) -> io::Result<()> {
+        if self.held.point.is_released() { self.target.note_down() } else { Ok(()) }
     }
 
     /// Old data is written even where it is zero and the target reads as zero: it says that this cluster is covered.

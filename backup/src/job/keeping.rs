@@ -1,15 +1,12 @@
-//! What a job notes of itself for the process that comes after a kill (`resume`), and what is shown of jobs that ended with the
-//! one before.
+//! What a job notes of itself for the process that comes after a kill (`resume`).
 //!
 //! Called by `registry` and `life` under the registry's lock: a note lies on tmpfs, so writing it waits for nothing.
 
 use super::backup::{Content, Held};
-use super::registry::{Entry, NewJob, Reservation, Settings, lock};
-use super::work::{Kind, Work};
-use super::{JobError, Jobs};
+use super::registry::{Entry, NewJob, Reservation, Settings};
+use super::work::Work;
 use crate::point::Wanted;
 use crate::resume::{Ledger, Member, Note, Phase, Role};
-use serde_json::{Value, json};
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -93,60 +90,5 @@ impl Entry {
             member.error = error;
             ledger.set_note(note);
         }
-    }
-}
-
-/// A job that ended with the process before this one.
-#[derive(Clone, Debug)]
-pub(crate) struct Ended {
-    pub(crate) id: String,
-    /// Why; `None`: it had succeeded, and nobody was told.
-    pub(crate) error: Option<String>,
-}
-
-impl Jobs {
-    /// Shows a job that ended with the process before this one, as concluded, until it is dismissed or its id is taken.
-    pub(crate) fn show_ended(&self, ended: Ended) {
-        // No event: a client that begins a job of the same id would take it for that one's end.
-        lock(&self.ended).push(ended);
-    }
-
-    /// What queries show of them.
-    pub(super) fn ended(&self) -> Vec<Ended> {
-        lock(&self.ended).clone()
-    }
-
-    /// Forgets one.
-    pub(super) fn dismiss_ended(&self, id: &str) -> Result<(), JobError> {
-        let mut ended = lock(&self.ended);
-        let at = ended.iter().position(|ended| ended.id == id).ok_or(JobError::NotFound)?;
-        ended.remove(at);
-        Ok(())
-    }
-}
-
-impl Ended {
-    /// A member of `query-jobs`.
-    pub(super) fn info(&self) -> Value {
-        let mut info = json!({
-            "id": self.id, "type": Kind::Backup.name(), "status": "concluded", "current-progress": 0, "total-progress": 0,
-        });
-        if let Some(error) = &self.error {
-            info["error"] = error.clone().into();
-        }
-        info
-    }
-
-    /// A member of `query-block-jobs`.
-    pub(super) fn block_info(&self) -> Value {
-        let mut info = json!({
-            "type": Kind::Backup.name(), "device": self.id, "len": 0, "offset": 0, "busy": false, "paused": false, "speed": 0,
-            "max-guest-latency": 0, "io-status": "ok", "ready": false, "status": "concluded", "auto-finalize": true,
-            "auto-dismiss": false,
-        });
-        if let Some(error) = &self.error {
-            info["error"] = error.clone().into();
-        }
-        info
     }
 }

@@ -3,13 +3,15 @@
 //! `control` prepares the [`Work`] (a [`Backup`], a [`Populate`]), puts its freeze in force together with everything else of a transaction, and hands it
 //! to [`Jobs`]. From there on a thread of the job's own copies, and whatever ends it (its work, an error, a command, a
 //! sibling's failure) goes through `life`. Rooms: `state` (the two tables), `policy` (what an error leads to), `work`
-//! (what kinds there are), `backup` and `populate` (the work itself), `registry` (who is there, verbs, queries), `life` (from `created` to `null`), `events`.
+//! (what kinds there are), `backup` and `populate` (the work itself), `registry` (who is there, verbs, queries), `life` (from `created` to `null`),
+//! `keeping` and `ended` (what goes on, or does not, after a kill), `events`.
 //!
 //! Invariants: a state changes only as the table in `state` allows, and each change is told once, in order; a bitmap
 //! leaves its freeze in the same commit that takes the point's gate away, one commit for a whole group; `concluded` is
 //! told only after the target is durable and closed and that commit is in force.
 
 pub mod backup;
+mod ended;
 mod events;
 mod keeping;
 mod life;
@@ -20,7 +22,7 @@ pub mod state;
 mod work;
 
 pub use backup::{Backup, BitmapMode, Content, Destination, Failure, Hold};
-pub(crate) use keeping::Ended;
+pub(crate) use ended::Ended;
 pub(crate) use life::commit_until_done;
 pub use policy::{OnError, OnFailure};
 pub use populate::{Pattern, Populate};

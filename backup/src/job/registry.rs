@@ -5,7 +5,8 @@
 //! I/O on a target, except for closing one that is already durable; no queue thread ever takes it.
 
 use super::backup::{self, Backup, Destination, Outcome};
-use super::keeping::{Ended, Keeping};
+use super::ended::{AllEnded, Ended};
+use super::keeping::Keeping;
 use super::policy::{IoStatus, OnError, OnFailure};
 use super::state::{Status, Verb};
 use super::work::{Far, Held, Kind, Work};
@@ -259,7 +260,7 @@ pub struct Jobs {
     pub(super) events: Events,
     taken: Arc<Mutex<HashSet<String>>>,
     /// Jobs that ended with the process before this one.
-    pub(super) ended: Mutex<Vec<Ended>>,
+    pub(super) ended: AllEnded,
     /// For threads that act on their own.
     pub(super) me: Weak<Self>,
 }
@@ -282,7 +283,7 @@ impl Jobs {
             changed: Condvar::new(),
             events,
             taken: Arc::default(),
-            ended: Mutex::default(),
+            ended: AllEnded::default(),
             me: Weak::clone(me),
         })
     }
@@ -295,8 +296,6 @@ impl Jobs {
         if !lock(&self.taken).insert(id.to_owned()) {
             return Err(JobError::IdInUse(id.to_owned()));
         }
-        // One that is only shown gives way.
-        let _ = self.dismiss_ended(id);
         Ok(Reservation { id: id.to_owned(), taken: Arc::clone(&self.taken) })
     }
 
@@ -628,6 +627,7 @@ impl Locked<'_> {
         let key = inner.next_key;
         inner.next_key += 1;
         let keeping = Keeping::of_kept(&id, &settings, &held, error.clone());
+        self.jobs.forget_ended(id.id());
         let entry = Entry {
             status: Status::Concluded,
             freeze: held.hold.as_ref().map(|hold| hold.freeze),
@@ -666,6 +666,8 @@ impl Locked<'_> {
                 keeping,
                 ..Entry::new(job.id, key, job.settings, work.kind(), work.size())
             };
+            // One that is only shown gives way.
+            self.jobs.forget_ended(entry.id());
             self.jobs.set_status(&mut entry, Status::Created);
             inner.entries.insert(0, entry);
             ready.push((key, work));

@@ -17,6 +17,7 @@ pub mod exports;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod handshake;
+pub mod late;
 mod link;
 mod negotiate;
 mod payload;
@@ -31,6 +32,7 @@ pub use address::Address;
 pub use client::{Client, ClientError, ClientSettings, ExportInfo};
 pub use export::{Export, Extent};
 pub use exports::{BitmapExportError, SourceExport};
+pub use late::LateTarget;
 pub use reader::NbdReader;
 pub use server::{ExportError, NbdServer, Removal, ServerError, ServerSettings};
 pub use target::NbdTarget;

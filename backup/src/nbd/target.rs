@@ -122,6 +122,15 @@ impl Target for NbdTarget {
         Ok(())
     }
 
+    /// The server may go with us: what it answered and has not flushed is nowhere.
+    fn note_down(&self) -> io::Result<()> {
+        self.flush()
+    }
+
+    fn notes_down_later(&self) -> bool {
+        !self.fua
+    }
+
     fn flush(&self) -> io::Result<()> {
         if self.flush_failed.load(Ordering::SeqCst) {
             return Err(io::Error::from_raw_os_error(libc::EIO));

@@ -1,7 +1,8 @@
 //! A blocking QMP client: connects, negotiates, executes, waits for events.
 //!
 //! Used by the command line, the demo and the tests; talks to QEMU as well. One owner at a time; every wait has a limit.
-//! Events that arrive while a reply is awaited are kept in order for [`Client::wait_event`].
+//! Events that arrive while a reply is awaited are kept in order for [`Client::wait_event`]; when a job begins, what is kept of an
+//! earlier one of its id is dropped, so that nobody takes that one's end for this one's.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -178,6 +179,10 @@ impl Client {
     fn keep_event(&mut self, message: &Value) -> bool {
         let Some(name) = message.get("event").and_then(Value::as_str) else { return false };
         let data = message.get("data").cloned().unwrap_or(Value::Null);
+        if let Some(job) = begun_job(name, &data) {
+            // What was told of an earlier job of its name, by a server that had lost that one for instance, is not of this one.
+            self.events.retain(|event| !is_of_job(event, job));
+        }
         self.events.push_back(Event { name: name.to_owned(), data });
         true
     }
@@ -212,6 +217,17 @@ impl Client {
             }
         }
     }
+}
+
+/// The job that this event says has been created.
+pub fn begun_job<'a>(name: &str, data: &'a Value) -> Option<&'a str> {
+    let begins = name == "JOB_STATUS_CHANGE" && data["status"] == "created";
+    data["id"].as_str().filter(|_| begins)
+}
+
+/// Whether an event tells of a job of this id.
+pub fn is_of_job(event: &Event, id: &str) -> bool {
+    event.name.contains("JOB_") && (event.data["id"] == id || event.data["device"] == id)
 }
 
 /// A peer that is gone looks different to a writer and a reader; callers need not care.

@@ -29,6 +29,7 @@ pub use server::{BoundServer, Server};
 pub use socket::BindError;
 
 use serde_json::{Map, Value, json};
+use std::time::SystemTime;
 
 /// The version of QEMU whose QMP is spoken: major, minor, micro.
 pub const QEMU_VERSION: [u64; 3] = [10, 0, 2];
@@ -40,6 +41,12 @@ pub trait Commands: Send + Sync {
     /// The reply is sent after this returns, and the client's later commands wait for it: long work belongs into a
     /// job. A panic becomes a GenericError of this one command.
     fn execute(&self, name: &str, arguments: Map<String, Value>) -> Option<Result<Value, QmpError>>;
+
+    /// Events from before a client came that it is told of as soon as it has negotiated, with the time at which they happened.
+    /// Called with the client's queue locked: it must not wait, nor tell events.
+    fn told_before(&self) -> Vec<(SystemTime, Event)> {
+        Vec::new()
+    }
 }
 
 /// The `version` of the greeting, which is what `query-version` returns too.

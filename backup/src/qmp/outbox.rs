@@ -147,7 +147,16 @@ impl Outbox<[u8]> {
     /// With `then_listen`, events are taken from this reply on: no event comes before it, and none that happens after
     /// the client has read it is missed.
     pub(super) fn push_reply(&self, line: Arc<[u8]>, then_listen: bool) -> bool {
-        let size = line.len();
+        self.push_reply_and(line, then_listen, Vec::new)
+    }
+
+    /// The same, and right behind the reply what `first` gives: it is asked at the instant from which on events are taken.
+    pub(super) fn push_reply_and(
+        &self,
+        line: Arc<[u8]>,
+        then_listen: bool,
+        first: impl FnOnce() -> Vec<Arc<[u8]>>,
+    ) -> bool {
         let mut state = lock(&self.state);
         while state.end.is_none() && state.reply_bytes >= MAX_BYTES {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -155,9 +164,13 @@ impl Outbox<[u8]> {
         if state.end.is_some() {
             return false;
         }
-        state.reply_bytes += size;
         state.listening |= then_listen;
-        state.queue.push_back(Queued { line, size, is_event: false });
+        // They are bounded like replies: the client's commands wait until it has read them.
+        for line in std::iter::once(line).chain(first()) {
+            let size = line.len();
+            state.reply_bytes += size;
+            state.queue.push_back(Queued { line, size, is_event: false });
+        }
         self.changed.notify_all();
         true
     }
@@ -238,6 +251,16 @@ mod tests {
         let pusher = std::thread::spawn(move || other.push_reply(reply(1), false));
         outbox.abandon();
         assert!(!pusher.join().unwrap());
+    }
+
+    #[test]
+    fn what_is_told_first_comes_between_that_reply_and_the_first_event() {
+        let outbox = Outbox::<[u8]>::new(false);
+        assert!(outbox.push_reply_and(reply(2), true, || vec![reply(3), reply(4)]));
+        assert_eq!(outbox.push_event(reply(5), 5), Ok(()));
+        for length in 2..=5 {
+            assert_eq!(outbox.pop().unwrap().len(), length);
+        }
     }
 
     #[test]

@@ -11,13 +11,13 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::error::QmpError;
-use super::event::Events;
+use super::event::{Event, Events};
 use super::outbox::Link;
 use super::parser::{Limits, Parser};
 use super::session::Session;
@@ -202,8 +202,14 @@ impl Shared {
                 if self.stopping.load(Ordering::SeqCst) {
                     return;
                 }
-                let reply = session.answer(message, &*self.commands);
-                if !link.outbox.push_reply(wire::line(&reply).into(), session.is_negotiated()) {
+                let knew = session.is_negotiated();
+                let reply = wire::line(&session.answer(message, &*self.commands)).into();
+                let told = || self.commands.told_before().into_iter().map(told_line).collect();
+                let queued = match session.is_negotiated() {
+                    true if !knew => link.outbox.push_reply_and(reply, true, told),
+                    negotiated => link.outbox.push_reply(reply, negotiated),
+                };
+                if !queued {
                     return;
                 }
             }
@@ -229,6 +235,11 @@ impl Shared {
         }
         std::mem::take(&mut *clients)
     }
+}
+
+/// An event from before, as a client gets it.
+fn told_line((time, event): (SystemTime, Event)) -> Arc<[u8]> {
+    wire::line(&wire::event_at(time, &event.name, event.data)).into()
 }
 
 /// Tells that a client's threads are done, however they ended.

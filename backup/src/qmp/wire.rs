@@ -87,9 +87,14 @@ pub fn reply(id: Option<Value>, result: Result<Value, QmpError>) -> Value {
 
 /// An event, stamped with the wall clock.
 pub fn event(name: &str, data: Value) -> Value {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    event_at(SystemTime::now(), name, data)
+}
+
+/// An event that happened at `time`.
+pub fn event_at(time: SystemTime, name: &str, data: Value) -> Value {
+    let time = time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
     let mut object = Map::new();
-    object.insert("timestamp".into(), json!({ "seconds": now.as_secs(), "microseconds": now.subsec_micros() }));
+    object.insert("timestamp".into(), json!({ "seconds": time.as_secs(), "microseconds": time.subsec_micros() }));
     object.insert("event".into(), name.into());
     // An event without data has no such member, as the specification of QMP says.
     if !data.is_null() {

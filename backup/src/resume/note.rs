@@ -200,7 +200,7 @@ impl Member {
     fn encode(&self) -> Value {
         let settings = &self.settings;
         let destination = match &self.destination {
-            Destination::Node(name) => json!({ "node": name }),
+            Destination::Node { name, options } => json!({ "node": name, "options": options }),
             // Any bytes may be a path.
             Destination::Path { path, format, existing } => {
                 json!({ "path": path.as_os_str().as_bytes(), "format": format, "existing": existing })
@@ -238,7 +238,9 @@ impl Member {
         };
         let destination = &value["destination"];
         let destination = match string(&destination["node"]) {
-            Some(name) => Destination::Node(name),
+            Some(name) => {
+                Destination::Node { name, options: destination["options"].as_array().cloned().unwrap_or_default() }
+            }
             None => {
                 let bytes: Option<Vec<u8>> =
                     destination["path"].as_array()?.iter().map(|byte| u8::try_from(byte.as_u64()?).ok()).collect();

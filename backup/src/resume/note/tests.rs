@@ -26,7 +26,7 @@ fn notes() -> Vec<Note> {
         error: None,
     };
     let kept = Member {
-        destination: Destination::Node("n".to_owned()),
+        destination: Destination::Node { name: "n".to_owned(), options: vec![serde_json::json!({"driver": "raw"})] },
         hold: None,
         target: None,
         group: None,
