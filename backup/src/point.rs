@@ -332,17 +332,18 @@ impl Point {
         }
         match &self.face.wanted {
             Wanted::All => Bits::full(self.cluster, self.size()),
-            Wanted::Frozen(frozen) => frozen.bits().at(self.cluster),
+            Wanted::Frozen(frozen) => frozen.bits().into_at(self.cluster),
         }
     }
 
-    /// Of the wanted clusters, those that a process before this one has not brought to the target yet.
-    pub fn remaining(&self) -> Bits {
-        let mut clusters = self.clusters();
-        if let Some(in_target) = &lock(&self.left).in_target {
-            clusters.subtract(in_target);
-        }
-        clusters
+    /// Of the wanted clusters, those that a process before this one has not brought to the target yet; `None` if there was none, so
+    /// that it is all of them.
+    pub fn remaining(&self, clusters: &Bits) -> Option<Bits> {
+        let left = lock(&self.left);
+        let in_target = left.in_target.as_ref()?;
+        let mut remaining = clusters.clone();
+        remaining.subtract(in_target);
+        Some(remaining)
     }
 
     /// Whether a process before this one brought some of it to a target, so that it is there alone.

@@ -139,7 +139,7 @@ impl Layers {
         let current = self.current.iter().filter_map(|granularity| Some((live?, granularity)));
         for (generation, granularity) in self.closed.iter().map(|(generation, at)| (generation, at)).chain(current) {
             if *granularity > self.granularity {
-                bits.union(&generation.to_bits().at(*granularity));
+                bits.union(&generation.to_bits().into_at(*granularity));
             } else {
                 generation.fold_into(&mut bits);
             }

@@ -3,6 +3,7 @@
 //! The ground that everything else stands on; it imports nothing of the workspace. From the bottom up:
 //!
 //! - [`units`]: byte ranges, granularity; all rounding.
+//! - `table`, `blocks`, `places`: how sets of bits lie in memory, and who has which part of it.
 //! - [`bits`]: a plain set of dirty bits. [`live`]: the shared one that queue threads mark.
 //! - [`admission`]: how queue threads pass a value that one control thread may change while all are outside.
 //! - [`inflight`]: which writes are on their way. [`gate`]: what may hold a write back.
@@ -16,6 +17,7 @@
 
 pub mod admission;
 pub mod bits;
+mod blocks;
 pub mod checkpoints;
 pub mod fill;
 pub mod flip;
@@ -26,8 +28,10 @@ pub mod inflight;
 mod layers;
 pub mod live;
 pub mod named;
+mod places;
 pub mod store;
 pub mod sync;
+mod table;
 pub mod tracker;
 pub mod units;
 mod upkeep;

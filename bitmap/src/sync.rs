@@ -6,7 +6,7 @@
 #[cfg(loom)]
 mod chosen {
     pub use loom::cell::UnsafeCell;
-    pub use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+    pub use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
     pub use loom::sync::{Condvar, Mutex, MutexGuard};
     pub use loom::thread::yield_now;
     /// A spin hint; a model checker must be told that nothing happens until another thread runs.
@@ -17,7 +17,7 @@ mod chosen {
 
 #[cfg(all(shuttle, not(loom)))]
 mod chosen {
-    pub use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+    pub use shuttle::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
     pub use shuttle::sync::{Condvar, Mutex, MutexGuard};
     pub use shuttle::thread::yield_now;
     /// A spin hint; a model checker must be told that nothing happens until another thread runs.
@@ -29,7 +29,7 @@ mod chosen {
 #[cfg(not(any(loom, shuttle)))]
 mod chosen {
     pub use std::hint::spin_loop as spin;
-    pub use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+    pub use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
     pub use std::sync::{Condvar, Mutex, MutexGuard};
     pub use std::thread::yield_now;
 }

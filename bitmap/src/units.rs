@@ -108,6 +108,14 @@ impl Granularity {
         (range.start >> self.shift)..(((range.end() - 1) >> self.shift) + 1)
     }
 
+    /// The bit that `range` touches, if it touches exactly one.
+    #[inline]
+    pub const fn only(self, range: ByteRange) -> Option<u64> {
+        // Of an empty range the last byte is before the first one, and of one at byte 0 it is nowhere.
+        let (first, last) = (range.start >> self.shift, range.end().wrapping_sub(1) >> self.shift);
+        if first == last && range.len > 0 { Some(first) } else { None }
+    }
+
     /// The bytes of bits `bits`, cut at `size`.
     pub fn range(self, bits: Range<u64>, size: u64) -> ByteRange {
         ByteRange::between((bits.start << self.shift).min(size), (bits.end << self.shift).min(size))

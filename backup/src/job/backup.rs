@@ -159,7 +159,9 @@ impl Backup {
         on_fatal: &dyn Fn(&io::Error),
     ) -> Outcome {
         // What is remaining is copied; what is not durable in the end is more than that.
-        let (plan, remaining) = (self.held.point.clusters(), self.held.point.remaining());
+        let plan = self.held.point.clusters();
+        let remaining = self.held.point.remaining(&plan);
+        let remaining = remaining.as_ref().unwrap_or(&plan);
         if self.mode() == Some(BitmapMode::Always) {
             control.keep_account();
         }
@@ -170,7 +172,7 @@ impl Backup {
         self.target.set_compression(self.held.compress);
         let copied = accepted.and_then(|()| match self.held.content {
             Content::Wanted => {
-                copy::run(&self.held.point, &remaining, &*self.target, control, on_error).map_err(Failure::from)
+                copy::run(&self.held.point, remaining, &*self.target, control, on_error).map_err(Failure::from)
             }
             Content::Overwritten => self.follow(control, on_error),
         });

@@ -14,7 +14,8 @@
 //! | each: 8 + 8 n | the block's number, its words: 64, or as many as there are in the last block |
 
 use super::codec::{Damage, Decoder, Encoder, MOST_NUMBER};
-use crate::bits::{Bits, words_for};
+use crate::bits::Bits;
+use crate::blocks::words_for;
 use crate::named::MOST_BITS;
 use uuid::Uuid;
 

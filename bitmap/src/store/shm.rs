@@ -17,7 +17,8 @@
 use super::codec::{Decoder, Encoder, MOST_NUMBER};
 use super::mapping::Mapping;
 use super::maps::{FoundMap, FoundMaps, MapHead, Maps};
-use crate::bits::{Bits, words_for};
+use crate::bits::Bits;
+use crate::blocks::words_for;
 use crate::live::LiveMap;
 use crate::named::MOST_BITS;
 use crate::sync::Ordering;

@@ -3,7 +3,7 @@
 use super::super::record::SLOTS;
 use super::super::table;
 use super::Keeper;
-use crate::bits::words_for;
+use crate::blocks::words_for;
 use crate::checkpoints::CheckpointMark;
 use crate::layers::Layers;
 use crate::named::Draft;
