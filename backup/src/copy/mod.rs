@@ -24,8 +24,9 @@ use thiserror::Error;
 pub(crate) use worker::STEPS_A_SECOND;
 use worker::{NOTED_EVERY, Shared, Worker};
 
-/// Workers for long runs. More does not help one disk, and each costs a buffer of `CHUNK`.
-const WORKERS: u64 = 4;
+/// Workers for long runs: while one reads the other writes. More take turns on one disk, which is then slower than it is with two
+/// (docs/performance.md), and each costs a buffer of `CHUNK`.
+const WORKERS: u64 = 2;
 
 /// Most workers for short runs scattered over a disk, which take longer to reach than to read. There are as many only where
 /// runs do take long: on memory, or out of a cache, they would be in each other's way.

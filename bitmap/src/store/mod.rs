@@ -32,7 +32,7 @@ pub use keeper::StoreError;
 pub use maps::{Maps, NoMaps};
 pub use medium::Medium;
 #[cfg(not(any(loom, shuttle)))]
-pub use shm::{Shm, is_memory};
+pub use shm::Shm;
 pub use stamp::Stamp;
 
 /// Makes durable all writes to the disk that have ended.
@@ -61,4 +61,12 @@ pub enum Before {
     Killed(uuid::Uuid),
     /// It ended in another way, or the store was not to be trusted.
     Other,
+}
+
+/// Of tmpfs and ramfs, in `statfs` (linux/magic.h).
+const MEMORY: [u64; 2] = [0x0102_1994, 0x8584_58f6];
+
+/// Whether a file system's files are memory.
+pub fn is_memory(stat: &rustix::fs::StatFs) -> bool {
+    MEMORY.contains(&(stat.f_type as u64))
 }

@@ -15,6 +15,7 @@
 //! | 4096 | | the words, as the machine has them |
 
 use super::codec::{Decoder, Encoder, MOST_NUMBER};
+use super::is_memory;
 use super::mapping::Mapping;
 use super::maps::{FoundMap, FoundMaps, MapHead, Maps};
 use crate::bits::Bits;
@@ -36,19 +37,11 @@ const VERSION: u32 = 1;
 const PAGE: usize = 4096;
 const HEADER: usize = 88;
 const NEXT: usize = 128;
-const TMPFS: u64 = 0x0102_1994;
-const RAMFS: u64 = 0x8584_58f6;
-
 /// Live maps in a directory on tmpfs.
 #[derive(Debug)]
 pub struct Shm {
     directory: PathBuf,
     newest: Option<(u64, Arc<Mapping>)>,
-}
-
-/// Whether a file system's files are memory: tmpfs or ramfs.
-pub fn is_memory(stat: &rustix::fs::StatFs) -> bool {
-    matches!(stat.f_type as u64, TMPFS | RAMFS)
 }
 
 impl Shm {

@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use blkmark_backup::file_lock::{LockMode, lock_within};
 use blkmark_backup::qmp::Client;
 use clap::ValueEnum;
 use serde_json::{Value, json};
@@ -111,6 +112,10 @@ impl Server {
         let socket = place.path("disk.sock");
         let control = place.path("control.sock");
         let _ = std::fs::remove_file(&socket);
+        // The kernel may still be at requests of a server that was killed, and keeps its locks until they have ended.
+        let disk = std::fs::OpenOptions::new().read(true).write(true).open(place.disk())?;
+        lock_within(&disk, LockMode::Writer, GIVE_UP).context("the disk does not get free")?;
+        drop(disk);
         let (monitor, theirs) = UnixStream::pair().context("socketpair")?;
         let mut command = match contender {
             Contender::Blkmark | Contender::BlkmarkBefore | Contender::BlkmarkUnbounded => {
