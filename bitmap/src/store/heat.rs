@@ -8,7 +8,8 @@
 //! **Invariant.** A set bit in memory means that the extent is hot in the durable table. It is set under the table's lock after
 //! the sync; the table is made cold under the same lock, only where the bit in memory is clear, after the bytes of the extent are
 //! durable and its bits are in a durable object that a durable record names (`Tracker::cool`). Bits in memory are cleared while all queues are held out,
-//! so a write that saw one is marked before the snapshot for that object is taken.
+//! so a write that saw one is marked before the snapshot for that object is taken. After a change of the table that failed, no bit is set
+//! in memory any more: what asks waits until the bitmaps are durably known not to be trusted (`Heat::give_up`).
 
 use super::medium::Medium;
 use super::table::{self, EXTENT, Extents, PER_SECTOR, SECTOR};
@@ -37,6 +38,8 @@ struct Table {
     sectors: Vec<Extents>,
     neighbours: u64,
     missed: Option<Instant>,
+    /// A change of it failed: nobody knows what the file says, so nothing is hot for certain any more.
+    failed: bool,
 }
 
 #[derive(Default)]
@@ -99,7 +102,8 @@ impl Heat {
         medium.sync(&file)?;
         let sectors = vec![none; sectors];
         let medium = Arc::clone(medium);
-        *table = Some(Table { medium, file, run, number, written: 0, sectors, neighbours: 1, missed: None });
+        *table =
+            Some(Table { medium, file, run, number, written: 0, sectors, neighbours: 1, missed: None, failed: false });
         Ok(())
     }
 
@@ -122,6 +126,9 @@ impl Heat {
 
     /// Makes durable that `wanted` are hot, then says so in memory.
     fn warm(&self, table: &mut Table, wanted: Vec<u64>) -> io::Result<()> {
+        if table.failed {
+            return Err(io::Error::other("the intent table failed before"));
+        }
         let cold: Vec<u64> = wanted.iter().copied().filter(|extent| !table.is_hot(*extent)).collect();
         if !cold.is_empty() {
             table.change(&cold, true)?;
@@ -287,6 +294,10 @@ impl Table {
 
     /// Writes the sectors of `extents` anew, all of them before one sync.
     fn change(&mut self, extents: &[u64], hot: bool) -> io::Result<()> {
+        self.rewrite(extents, hot).inspect_err(|_| self.failed = true)
+    }
+
+    fn rewrite(&mut self, extents: &[u64], hot: bool) -> io::Result<()> {
         let mut places: Vec<u64> = extents.iter().map(|extent| extent / PER_SECTOR).collect();
         places.sort_unstable();
         places.dedup();
@@ -342,3 +353,6 @@ impl Table {
 fn no_table() -> io::Error {
     io::Error::other("there is no intent table for this part of the disk")
 }
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests;
