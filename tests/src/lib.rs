@@ -19,6 +19,7 @@ pub mod lab;
 pub mod loop_device;
 pub mod loop_fs;
 pub mod numbers;
+pub mod page_cache;
 pub mod process;
 pub mod qmp;
 pub mod random;

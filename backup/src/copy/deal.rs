@@ -28,11 +28,14 @@ pub(super) struct Deal<'a> {
     rest: ByteRange,
     /// Up to here the disk has said that there is data.
     data_until: u64,
+    /// Where long pieces end, so that others begin there: at its multiples. At least a cluster.
+    stride: u64,
 }
 
 impl<'a> Deal<'a> {
-    pub(super) fn new(point: &'a Point, plan: &'a Bits) -> Self {
-        Self { point, runs: Box::new(plan.runs()), rest: ByteRange::default(), data_until: 0 }
+    pub(super) fn new(point: &'a Point, plan: &'a Bits, stride: u64) -> Self {
+        let stride = stride.max(point.cluster().bytes());
+        Self { point, runs: Box::new(plan.runs()), rest: ByteRange::default(), data_until: 0, stride }
     }
 
     /// Nobody gets anything any more.
@@ -69,8 +72,14 @@ impl<'a> Deal<'a> {
             if len == 0 {
                 break;
             }
+            let beyond = if len >= self.stride { (self.rest.start() + len) % self.stride } else { 0 };
+            len -= beyond;
             pieces.push(ByteRange::new(self.rest.start(), len));
             self.rest = ByteRange::between(self.rest.start() + len, self.rest.end());
+            if beyond > 0 {
+                // What follows begins where the target likes it to, with all of the next hand.
+                break;
+            }
             room -= len;
         }
         if pieces.is_empty() { Hand::Nothing } else { Hand::Data }

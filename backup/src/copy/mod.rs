@@ -38,7 +38,7 @@ const LONG: Duration = Duration::from_micros(100);
 /// Runs that are shorter than this on average are scattered.
 const SCATTERED: u64 = 256 << 10;
 
-/// Most bytes that a worker reads at once.
+/// Most bytes that a worker reads at once, unless the target wants more.
 const CHUNK: u64 = 1 << 20;
 
 /// How long an error that the operator wants ignored is left alone before the same bytes are tried again.
@@ -116,10 +116,10 @@ pub fn run(
 ) -> Result<(), CopyError> {
     let extent = Extent::of(plan);
     control.begin(plan, extent.bytes);
-    let chunk = CHUNK.max(point.cluster().bytes());
+    let chunk = CHUNK.max(point.cluster().bytes()).max(target.stride());
     let workers = extent.workers(chunk);
     let pace = Pace::new(point.pulse(), control, chunk, workers);
-    let deal = Mutex::new(Deal::new(point, plan));
+    let deal = Mutex::new(Deal::new(point, plan, target.stride()));
     let unreleased = Mutex::new((Vec::new(), Instant::now() + NOTED_EVERY));
     let shared = Shared { point, target, control, on_error, deal, pace, chunk, unreleased };
     let failure: Mutex<Option<CopyError>> = Mutex::new(None);

@@ -3,7 +3,7 @@
 //! Jobs make targets with [`create`] (`drive-backup`) or [`open`] (`mode: existing`, `blockdev-add`), the copy engine
 //! writes them, and the job concludes them. Nothing here knows of bitmaps, points in time or QMP. Rooms: `place` (paths
 //! to descriptors, links refused), `draft` (files that vanish unless kept), `bytes` (whole reads, writes and zeroing of a
-//! descriptor), `pour` (large writes), `raw` (with `share`, for taking blocks of another file), `qcow2` (with `header`, `check`, `mark` and `deflate` beneath it), `image`
+//! descriptor), `pour` (large writes, with `large` pages for what is memory), `raw` (with `share`, for taking blocks of another file), `qcow2` (with `header`, `check`, `mark` and `deflate` beneath it), `image`
 //! (reading chains through `imago`, with `storage` beneath it; flattening them).
 //!
 //! Invariants: a refused creation leaves nothing behind and an existing file as it was; a target is never a file that
@@ -18,6 +18,7 @@ mod draft;
 pub(crate) mod fuzzing;
 mod header;
 pub mod image;
+mod large;
 mod mark;
 mod place;
 mod pour;
@@ -49,6 +50,11 @@ pub trait Target: Send + Sync {
     /// Alignment that offsets, lengths and buffers need (the end of the disk excepted).
     fn alignment(&self) -> u32 {
         1
+    }
+
+    /// Writes of which size, a power of two, beginning at its multiples, it likes best. 0: it has no wishes.
+    fn stride(&self) -> u64 {
+        0
     }
 
     /// Freshly made and without backing: what was not written yet reads as zeroes, so zeroes need not be written.

@@ -1,19 +1,19 @@
 //! Large writes into a file, past the page cache where the file system can.
 //!
 //! Used by both formats for what a backup consists of. A backup that fills the page cache pushes out what others read, and the
-//! kernel then writes it back in bursts, under which the guest's own requests wait for seconds.
+//! kernel then writes it back in bursts, under which the guest's own requests wait for seconds. What lies in memory anyway has large
+//! pages made for it (`large`).
 
-use super::bytes::Bytes;
+use super::bytes::{Bytes, Kind};
+use super::large::{self, LargePages};
 use crate::buffer::ALIGNMENT;
+use blkmark_bitmap::store::is_memory;
 use rustix::fs::{Mode, OFlags};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
-
-/// The kernel's number for tmpfs, which takes O_DIRECT and has nothing but a page cache.
-const TMPFS_MAGIC: u64 = 0x0102_1994;
 
 /// Writes that are smaller than this are left to the page cache: scattered over a sparse file, direct ones are slow, since
 /// each allocates for itself, while the cache brings them to the disk in order.
@@ -27,6 +27,8 @@ const BEHIND: u64 = 128 << 20;
 pub(super) struct Pour {
     /// The same file past the page cache; locks and lengths stay with the other descriptor.
     direct: Option<File>,
+    /// Of a file that is memory itself.
+    large: Option<LargePages>,
     /// Who writes through the page cache. The kernel lets only one do so at a time, and has the others spin.
     /// Holds how much of that was not sent to the disk yet.
     cached: Mutex<u64>,
@@ -34,7 +36,14 @@ pub(super) struct Pour {
 
 impl Pour {
     pub fn new(bytes: &Bytes) -> Self {
-        Self { direct: open_direct(bytes.file()), cached: Mutex::new(0) }
+        let in_memory = in_memory(bytes);
+        let direct = if in_memory { None } else { open_direct(bytes.file()) };
+        Self { direct, large: in_memory.then(LargePages::new), cached: Mutex::new(0) }
+    }
+
+    /// Writes of which size, beginning at its multiples, it likes best; 0: it has no wishes.
+    pub fn stride(&self) -> u64 {
+        self.large.as_ref().map_or(0, |_| large::BLOCK as u64)
     }
 
     /// Writes all of `buf`.
@@ -50,6 +59,9 @@ impl Pour {
     }
 
     fn write_cached(&self, bytes: &Bytes, buf: &[u8], offset: u64) -> io::Result<()> {
+        if let Some(large) = &self.large {
+            large.prepare(bytes, buf, offset);
+        }
         let mut waiting = self.cached.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         bytes.write_at(buf, offset)?;
         *waiting += buf.len() as u64;
@@ -61,12 +73,14 @@ impl Pour {
     }
 }
 
+/// Such a file takes O_DIRECT and is nothing but page cache. The nodes of block devices lie beside it, the devices do not.
+fn in_memory(bytes: &Bytes) -> bool {
+    bytes.kind() == Kind::Regular && rustix::fs::fstatfs(bytes.file()).is_ok_and(|system| is_memory(&system))
+}
+
 /// Opens it anew, through no name that anybody could have changed. Without /proc, or where the file system refuses, what
 /// there is will do.
 fn open_direct(file: &File) -> Option<File> {
-    if rustix::fs::fstatfs(file).is_ok_and(|system| system.f_type as u64 == TMPFS_MAGIC) {
-        return None;
-    }
     let flags = OFlags::WRONLY | OFlags::DIRECT | OFlags::CLOEXEC;
     let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
     rustix::fs::open(itself, flags, Mode::empty()).ok().map(File::from)

@@ -76,6 +76,10 @@ impl Target for RawTarget {
         CLUSTER
     }
 
+    fn stride(&self) -> u64 {
+        self.pour.stride()
+    }
+
     fn reads_zero(&self) -> bool {
         self.reads_zero
     }

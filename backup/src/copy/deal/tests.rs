@@ -52,6 +52,7 @@ struct Scene {
     map: Arc<Map>,
     point: Arc<Point>,
     plan: Bits,
+    stride: u64,
 }
 
 impl Scene {
@@ -67,12 +68,12 @@ impl Scene {
         let point = Point::prepare(&node, Wanted::All, cluster, PointOptions::default()).unwrap();
         let mut bits = Bits::new(cluster, SIZE);
         plan.iter().for_each(|(start, len)| bits.set(ByteRange::new(*start, *len)));
-        Self { map, point, plan: bits }
+        Self { map, point, plan: bits, stride: 0 }
     }
 
     /// All hands in order: each a hole, or its pieces.
     fn hands(&self, most: u64, count: usize) -> Vec<(bool, Vec<(u64, u64)>)> {
-        let mut deal = Deal::new(&self.point, &self.plan);
+        let mut deal = Deal::new(&self.point, &self.plan, self.stride);
         let (mut pieces, mut hands) = (Vec::new(), Vec::new());
         let plain = |range: &ByteRange| (range.start(), range.len());
         loop {
@@ -117,6 +118,18 @@ fn long_runs_come_in_large_pieces_and_short_ones_in_bundles() {
     // By bytes too.
     assert_eq!(pieces(&scene.hands(8 * KIB, 64)), [&scattered[..2], &scattered[2..4], &scattered[4..]]);
     assert_eq!(scene.map.asked.load(Ordering::Relaxed), 0, "reading them is as cheap as asking");
+}
+
+#[test]
+fn long_pieces_end_where_the_target_likes_them_to() {
+    let pieces = |scene: &Scene, most| scene.hands(most, 64).into_iter().flat_map(|hand| hand.1).collect::<Vec<_>>();
+    let plan = [(MIB, 6 * MIB + 64 * KIB), (10 * MIB - 64 * KIB, 128 * KIB)];
+    let scene = Scene { stride: 2 * MIB, ..Scene::new(64 * KIB, &[(0, SIZE)], &plan) };
+    let long = [(MIB, MIB), (2 * MIB, 2 * MIB), (4 * MIB, 2 * MIB), (6 * MIB, MIB + 64 * KIB)];
+    assert_eq!(pieces(&scene, 2 * MIB), [&long[..], &plan[1..]].concat());
+    // Small ones, as beside a guest, are not made smaller.
+    let small: Vec<_> = (0..4).map(|n| (MIB + n * 3 * MIB / 2, 3 * MIB / 2)).collect();
+    assert_eq!(pieces(&scene, 3 * MIB / 2)[..4], small);
 }
 
 #[test]
@@ -174,7 +187,7 @@ fn where_the_disk_cannot_tell_everything_is_read() {
 #[test]
 fn a_closed_deal_has_nothing_left() {
     let scene = Scene::new(64 * KIB, &[(0, SIZE)], &[(0, SIZE)]);
-    let mut deal = Deal::new(&scene.point, &scene.plan);
+    let mut deal = Deal::new(&scene.point, &scene.plan, 0);
     let mut pieces = Vec::new();
     assert!(matches!(deal.next(MIB, 64, &mut pieces), Hand::Data));
     deal.close();
