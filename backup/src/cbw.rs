@@ -1,6 +1,6 @@
 //! Copy-before-write of one disk: keeps old data in scratch before a guest's write changes it.
 //!
-//! Gates hand held writes in; a few savers take them in order, keep the old data of each unit they touch, and let them go.
+//! Gates hand held writes in; savers (`savers`) take them in order, keep the old data of each unit they touch, and let them go.
 //! A unit is read once, however many points in time want it and however many writes wait for it.
 //!
 //! The order is I3's: pre-cut writes over, data in scratch, index, then settled, then the write. What a saver has read
@@ -10,14 +10,16 @@
 //! The guest waits for one local read and one local write at most. If that fails or takes too long, the point's policy
 //! decides: it breaks, noted before the write is let go, or the guest's write fails.
 
-use crate::buffer::{AlignedBuffer, is_zero};
+mod savers;
+
+use crate::buffer::is_zero;
 use crate::point::Face;
 use crate::resume::{Haven, Ledger, Phase, Place};
 use crate::scratch::{Block, Scratch, ScratchError};
 use crate::source::Source;
-use crate::turns::come_soon;
 use blkmark_bitmap::sync::{Condvar, Mutex, MutexGuard, Ordering, lock};
 use blkmark_bitmap::{ByteRange, Granularity, PreCut, Resume, Verdict};
+use savers::Crew;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
@@ -26,9 +28,6 @@ use std::time::{Duration, Instant};
 /// The most that is saved at once. Points with larger clusters save them in pieces, so that a small write of the guest
 /// waits for a small read.
 const UNIT: u64 = 64 << 10;
-
-/// How many units are saved at the same time: enough to keep a disk busy when a full queue of writes is held.
-const SAVERS: usize = 4;
 
 /// What happens when old data cannot be kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +77,7 @@ pub(crate) struct State {
     watched: Option<Instant>,
     longest_hold: Duration,
     longest_save: Duration,
+    crew: Crew,
     /// Points that exist, in force or not.
     users: usize,
     /// The last of them is gone; the threads are on their way out.
@@ -193,34 +193,6 @@ impl CopyBeforeWrite {
         Ok(cbw)
     }
 
-    /// Starts the savers and the watch over the writes that they let wait. They end with the last user.
-    fn employ(self: &Arc<Self>) -> io::Result<()> {
-        let result = self.start_threads();
-        if result.is_err() {
-            self.close();
-        }
-        result
-    }
-
-    fn start_threads(self: &Arc<Self>) -> io::Result<()> {
-        for _ in 0..SAVERS {
-            let cbw = Arc::clone(self);
-            std::thread::Builder::new().name(format!("save-{}", self.disk)).spawn(move || {
-                come_soon();
-                let mut buffer = AlignedBuffer::new(cbw.unit.bytes() as usize);
-                while cbw.wait_for_work() {
-                    cbw.save_one(&mut buffer);
-                }
-            })?;
-        }
-        let cbw = Arc::clone(self);
-        std::thread::Builder::new().name(format!("watch-{}", self.disk)).spawn(move || {
-            come_soon();
-            cbw.watch();
-        })?;
-        Ok(())
-    }
-
     /// Bytes of the disk.
     pub(crate) fn size(&self) -> u64 {
         self.size
@@ -334,19 +306,6 @@ impl CopyBeforeWrite {
         }
     }
 
-    /// Blocks until there is work; `false`: until the end.
-    fn wait_for_work(&self) -> bool {
-        let mut state = self.state();
-        while !state.has_work() && state.spent.is_empty() && !state.closed {
-            state = self.work.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner());
-        }
-        let (spent, goes_on) = (std::mem::take(&mut state.spent), !state.closed);
-        drop(state);
-        // Gives its space back, which may take long where scratch hangs.
-        drop(spent);
-        goes_on
-    }
-
     /// Makes the oldest held write admissible and lets it go. `buffer` has room for a unit. Answers whether there was
     /// one to be taken. Called by the savers; by nobody else but models.
     pub fn save_one(&self, buffer: &mut [u8]) -> bool {
@@ -397,7 +356,8 @@ impl CopyBeforeWrite {
         let began = Instant::now();
         let result = self.read_and_keep(unit, &before, data);
         let mut state = self.state();
-        state.longest_save = state.longest_save.max(began.elapsed());
+        state.crew.last_save = began.elapsed();
+        state.longest_save = state.longest_save.max(state.crew.last_save);
         state.saving.retain(|other| *other != unit);
         let outcome = result.and_then(|saved| {
             let after: Vec<u64> = state.in_force(unit).map(|(key, _)| key).collect();

@@ -7,8 +7,9 @@ use blkmark_backup::point::{Point, PointOptions, Wanted};
 use blkmark_bitmap::{ByteRange, Granularity, Verdict, commit};
 use control_common::*;
 use serde_json::{Value, json};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A disk full of ones with bitmap b, all of it dirty, scratch for two clusters, and target t.
 fn lab() -> Lab {
@@ -91,20 +92,7 @@ fn a_shorter_limit_that_comes_later_is_kept_and_the_longest_hold_is_known() {
     let lab = Lab::sized(&[MIB]);
     let disk = &lab.disks[0];
     disk.write(0, MIB, 1);
-    let begin = |seconds| {
-        let options = PointOptions { timeout: Some(Duration::from_secs(seconds)), ..PointOptions::default() };
-        let point = Point::prepare(&disk.node, Wanted::All, Granularity::new(CLUSTER).unwrap(), options).unwrap();
-        let mut begun = disk.node.tracker.begin();
-        begun.arm(point.gate());
-        point.begin(commit(vec![begun]).unwrap().remove(0).pre_cut);
-        point
-    };
-    let hold = |point: &Arc<Point>, at| {
-        let (tx, rx) = mpsc::channel();
-        point.gate().hold(ByteRange::new(at, CLUSTER), Box::new(move |verdict| tx.send(verdict).unwrap()));
-        rx
-    };
-    let (patient, hasty) = (begin(60), begin(1));
+    let (patient, hasty) = (begin(disk, 60), begin(disk, 1));
     let hung = disk.source.hung.lock().unwrap();
     let first = hold(&patient, 0);
     let second = hold(&hasty, CLUSTER);
@@ -117,11 +105,66 @@ fn a_shorter_limit_that_comes_later_is_kept_and_the_longest_hold_is_known() {
     // The save for the hasty one may have ended last, so either can be the longer.
     assert!(load.longest_hold.min(load.longest_save) >= Duration::from_millis(500), "{load:?}");
     for point in [patient, hasty] {
-        let mut begun = disk.node.tracker.begin();
-        begun.disarm(point.gate());
-        commit(vec![begun]).unwrap();
-        point.end();
+        end(disk, &point);
     }
+}
+
+#[test]
+fn on_a_slow_disk_a_held_write_waits_for_its_own_save_and_not_for_those_before_it() {
+    const WRITES: u64 = 24;
+    let lab = Lab::with_scratch(&[4 * MIB], 8 * MIB);
+    let disk = &lab.disks[0];
+    disk.write(0, 4 * MIB, 1);
+    let point = begin(disk, 60);
+    let until_reads = |count: u64| {
+        let began = Instant::now();
+        while disk.source.reads.load(Ordering::SeqCst) as u64 != count {
+            assert!(
+                began.elapsed() < GIVE_UP,
+                "{} reads under way, not {count}",
+                disk.source.reads.load(Ordering::SeqCst)
+            );
+            std::thread::yield_now();
+        }
+    };
+    // A first one, to show that this disk takes its time.
+    let hung = disk.source.hung.lock().unwrap();
+    let slow = hold(&point, 63 * CLUSTER);
+    until_reads(1);
+    std::thread::sleep(Duration::from_millis(5));
+    drop(hung);
+    assert_eq!(slow.recv_timeout(GIVE_UP), Ok(Verdict::Again));
+
+    let hung = disk.source.hung.lock().unwrap();
+    let held: Vec<_> = (0..WRITES).map(|n| hold(&point, n * CLUSTER)).collect();
+    until_reads(WRITES);
+    drop(hung);
+    assert!(held.iter().all(|held| held.recv_timeout(GIVE_UP) == Ok(Verdict::Again)));
+    end(disk, &point);
+}
+
+/// A point in time of all of the disk.
+fn begin(disk: &Disk, seconds: u64) -> Arc<Point> {
+    let options = PointOptions { timeout: Some(Duration::from_secs(seconds)), ..PointOptions::default() };
+    let point = Point::prepare(&disk.node, Wanted::All, Granularity::new(CLUSTER).unwrap(), options).unwrap();
+    let mut begun = disk.node.tracker.begin();
+    begun.arm(point.gate());
+    point.begin(commit(vec![begun]).unwrap().remove(0).pre_cut);
+    point
+}
+
+fn end(disk: &Disk, point: &Arc<Point>) {
+    let mut begun = disk.node.tracker.begin();
+    begun.disarm(point.gate());
+    commit(vec![begun]).unwrap();
+    point.end();
+}
+
+/// A write that the point's gate holds, and where it says that it may go.
+fn hold(point: &Arc<Point>, at: u64) -> mpsc::Receiver<Verdict> {
+    let (tx, rx) = mpsc::channel();
+    point.gate().hold(ByteRange::new(at, CLUSTER), Box::new(move |verdict| tx.send(verdict).unwrap()));
+    rx
 }
 
 #[test]

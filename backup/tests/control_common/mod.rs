@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
@@ -34,6 +34,8 @@ pub struct FileSource {
     pub broken: AtomicBool,
     /// While it is locked, no read comes back.
     pub hung: Mutex<()>,
+    /// How many reads are under way.
+    pub reads: AtomicUsize,
 }
 
 impl Source for FileSource {
@@ -47,8 +49,11 @@ impl Source for FileSource {
         if self.broken.load(Ordering::SeqCst) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
+        self.reads.fetch_add(1, Ordering::SeqCst);
         drop(self.hung.lock().unwrap());
-        self.file.read_exact_at(buf, offset)
+        let result = self.file.read_exact_at(buf, offset);
+        self.reads.fetch_sub(1, Ordering::SeqCst);
+        result
     }
     fn block_status(&self, _: u64, limit: u64) -> io::Result<(BlockStatus, u64)> {
         Ok((BlockStatus::Data, limit))
@@ -78,7 +83,8 @@ impl Disk {
         let path = dir.join(format!("{id}.disk"));
         let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
         file.set_len(size).unwrap();
-        let source = Arc::new(FileSource { file, size, broken: AtomicBool::new(false), hung: Mutex::new(()) });
+        let (broken, hung, reads) = (AtomicBool::new(false), Mutex::new(()), AtomicUsize::new(0));
+        let source = Arc::new(FileSource { file, size, broken, hung, reads });
         let tracker = Tracker::new(size, 1, 4);
         let lane = Mutex::new(tracker.lane(0).unwrap());
         let scratch = ScratchSettings { directory: dir.to_owned(), cap: scratch, memory: 1 << 20 };

@@ -3,6 +3,7 @@
 //! A request has a moment when it is due. Its latency counts from then, also when it cannot be sent because the queue is
 //! full of requests that hang, and also when it has not even been sent at the end.
 
+use std::num::NonZeroU64;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -40,6 +41,8 @@ pub struct Stretch {
 pub fn write_until(stop: &AtomicBool, socket: &Path, options: &Options, size: u64) -> Result<Log> {
     let depth = usize::from(options.depth);
     let guest_options = GuestOptions { data_size: depth * BLOCK, max_request: BLOCK, ..GuestOptions::default() };
+    // A request is sent when it is due, not when it suits the kernel to wake several at once.
+    rustix::thread::set_current_timer_slack(NonZeroU64::new(1))?;
     let mut guest = Guest::connect(socket, guest_options)?;
     let Some(mut queue) = guest.take_queues().pop() else { bail!("no queue") };
     let log = write(stop, &mut queue, options, size)?;

@@ -13,6 +13,7 @@ pub mod latency;
 pub mod options;
 pub mod place;
 pub mod server;
+pub mod warm;
 
 use anyhow::Result;
 use serde_json::{Value, json};

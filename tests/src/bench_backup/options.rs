@@ -83,6 +83,9 @@ pub struct Options {
     /// Bitmaps of blkmark are in memory alone (`"persistent": false`); QSD's always are
     #[arg(long)]
     pub no_persistence: bool,
+    /// Take and give back so much memory before each run, where the machine's host gives memory at first use: less than is free
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub warm_memory: Option<u64>,
     /// Another build of blkmark, which takes part before this one
     #[arg(long, value_name = "PATH")]
     before: Option<PathBuf>,

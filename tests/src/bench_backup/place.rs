@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::options::Options;
+use super::warm::warm;
 use crate::bench::target::{check_room, fill};
 use crate::process::Process;
 use crate::tools;
@@ -21,6 +22,7 @@ pub struct Place {
     dir: TempDir,
     disk: PathBuf,
     size: u64,
+    warm: u64,
 }
 
 impl Place {
@@ -52,7 +54,7 @@ impl Place {
             .with_context(|| format!("cannot make a folder in {}", dir.display()))?;
         let disk = dir.path().join("disk.raw");
         File::create_new(&disk)?.set_len(size)?;
-        Ok(Self { dir, disk, size })
+        Ok(Self { dir, disk, size, warm: options.warm_memory.unwrap_or(0) })
     }
 
     /// The disk.
@@ -79,12 +81,13 @@ impl Place {
         Ok(path)
     }
 
-    /// Writes back what is dirty and forgets what is cached of the disk, so that nobody finds it warm.
+    /// Writes back what is dirty and forgets what is cached of the disk, so that nobody finds it warm; has memory at
+    /// hand, if that was asked for.
     pub fn settle(&self) -> Result<()> {
         let file = File::open(&self.disk)?;
         file.sync_all()?;
         rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
-        Ok(())
+        warm(self.warm)
     }
 
     /// Whether two files hold the same bytes, looked at in `samples` places.
