@@ -292,6 +292,30 @@ fn a_point_tells_what_it_costs_and_gives_it_back() {
     assert_eq!(lab.node.load().memory, 0);
 }
 
+/// A view is made while the point still waits for a write that was in flight at its instant: whatever is read of it is what that leaves.
+#[test]
+fn a_view_waits_for_what_was_in_flight_as_its_point_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let lab = Lab::new(dir.path(), 1 << 30);
+    let range = ByteRange::new(0, UNIT);
+    let mut lane = lab.lane.lock().unwrap();
+    assert!(matches!(lane.enter().admit(0, range), Admitted::Go));
+    let (point, _) = lab.point();
+    let view = point.view(Granularity::MIN, None, Box::new(()));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut buf = vec![0; UNIT as usize];
+            view.take(range, &mut buf).unwrap();
+            assert!(buf.iter().all(|byte| *byte == 9));
+        });
+        // Time for a reader that does not wait.
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        lab.memory.0.lock().unwrap().bytes[..UNIT as usize].fill(9);
+        lane.finish(0);
+    });
+    lab.end(&point);
+}
+
 #[test]
 fn a_point_that_broke_gives_errors_and_nothing_of_today() {
     let dir = tempfile::tempdir().unwrap();
