@@ -213,7 +213,9 @@ impl CopyBeforeWrite {
         let kept = state.points.remove(&key);
         let gone = take_held(&mut state, key);
         state.users -= 1;
+        // At once, so that nobody joins whose writes no thread would save.
         let last = state.users == 0;
+        state.closed |= last;
         drop(state);
         // Its blocks are given back without the lock.
         drop(kept);

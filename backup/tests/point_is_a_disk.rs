@@ -292,6 +292,67 @@ fn a_point_tells_what_it_costs_and_gives_it_back() {
     assert_eq!(lab.node.load().memory, 0);
 }
 
+/// A view is made while the point still waits for a write that was in flight at its instant: whatever is read of it is what that leaves.
+#[test]
+fn a_view_waits_for_what_was_in_flight_as_its_point_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let lab = Lab::new(dir.path(), 1 << 30);
+    let range = ByteRange::new(0, UNIT);
+    let mut lane = lab.lane.lock().unwrap();
+    assert!(matches!(lane.enter().admit(0, range), Admitted::Go));
+    let (point, _) = lab.point();
+    let view = point.view(Granularity::MIN, None, Box::new(()));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut buf = vec![0; UNIT as usize];
+            view.take(range, &mut buf).unwrap();
+            assert!(buf.iter().all(|byte| *byte == 9));
+        });
+        // Time for a reader that does not wait.
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        lab.memory.0.lock().unwrap().bytes[..UNIT as usize].fill(9);
+        lane.finish(0);
+    });
+    lab.end(&point);
+}
+
+/// The last point of a disk lets go of a write that it holds, and while it does, another one comes: it has savers of its own.
+#[test]
+fn a_point_that_comes_while_the_last_one_goes_saves_what_is_overwritten() {
+    let dir = tempfile::tempdir().unwrap();
+    let lab = Arc::new(Lab::new(dir.path(), 1 << 30));
+    lab.write(0, 64, 7);
+    let (last, _) = lab.point();
+    // A saver is at it until the end, so that the write is still held when the point goes.
+    let (end, ended) = mpsc::channel::<()>();
+    let (reading, is_reading) = mpsc::channel();
+    *lab.memory.1.lock().unwrap() = Some(Box::new(move || {
+        reading.send(()).unwrap();
+        ended.recv().unwrap_err();
+    }));
+    let (come, comes) = mpsc::channel();
+    let beside = Arc::clone(&lab);
+    last.gate().hold(ByteRange::new(0, BLOCK), Box::new(move |_| come.send(beside.point().0).unwrap()));
+    is_reading.recv().unwrap();
+    let mut change = lab.node.tracker.begin();
+    change.disarm(last.gate());
+    commit(vec![change]).unwrap();
+    drop(last);
+    let point = comes.recv().unwrap();
+    let (wrote, is_written) = mpsc::channel();
+    let guest = Arc::clone(&lab);
+    std::thread::spawn(move || {
+        guest.write(20, 1, 8);
+        wrote.send(()).unwrap();
+    });
+    is_written.recv_timeout(std::time::Duration::from_secs(10)).expect("the write is held for ever");
+    drop(end);
+    let mut buf = vec![0; BLOCK as usize];
+    point.read(&mut buf, 20 * BLOCK).unwrap();
+    assert!(buf.iter().all(|byte| *byte == 7));
+    lab.end(&point);
+}
+
 #[test]
 fn a_point_that_broke_gives_errors_and_nothing_of_today() {
     let dir = tempfile::tempdir().unwrap();

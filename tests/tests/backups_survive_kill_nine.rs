@@ -1,180 +1,28 @@
 //! The promise: a backup that is under way when blkmark is killed goes on when it is started again, and gives the very image that was
 //! begun: the disk as of the instant of the command, although the guest wrote all the while, before, across and after the kill.
 //!
-//! The guest numbers the versions of its blocks (`versions`), so that every image is held against the instant that it is of. What
-//! cannot be gone on with is the matter of `what_cannot_go_on_says_so`.
+//! The guest numbers the versions of its blocks (`versions`), so that every image is held against the instant that it is of.
+//! Points in time and what copies them are in `points`. What cannot be gone on with is the matter of `what_cannot_go_on_says_so`.
+
+#[path = "backups_survive_kill_nine/points.rs"]
+mod points;
+#[path = "backups_survive_kill_nine/server.rs"]
+mod server;
+#[path = "backups_survive_kill_nine/stage.rs"]
+mod stage;
 
 use std::fs;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use blkmark::frontend::Guest;
-use blkmark_tests::beside::{Stop, Worker, beside};
-use blkmark_tests::daemon::Daemon;
 use blkmark_tests::images;
-use blkmark_tests::lab::{Disk, Lab, MIB};
-use blkmark_tests::process::Process;
-use blkmark_tests::qmp::Qmp;
+use blkmark_tests::lab::MIB;
 use blkmark_tests::small_fs::SmallFileSystem;
 use blkmark_tests::tools;
-use blkmark_tests::versions::Record;
 use rustix::process::Signal;
-use serde_json::{Value, json};
-
-const SIZE: u64 = 48 * MIB;
-/// Slow enough that a job is not done before it is told to hurry.
-const SLOW: u64 = 2 * MIB;
-
-/// Disks with their guests, and a daemon that is killed now and then.
-struct Stage {
-    lab: Lab,
-    disks: Vec<Disk>,
-    records: Vec<Record>,
-}
-
-/// What the story works with while the guests write.
-struct Scene<'a> {
-    stage: &'a Stage,
-    guests: Vec<Guest>,
-    daemon: Option<Daemon>,
-}
-
-/// The two looks at the records of all disks, before and after an instant.
-type Moment = (Vec<Vec<u64>>, Vec<Vec<u64>>);
-
-impl Stage {
-    fn new(disks: usize) -> Result<Stage> {
-        let lab = Lab::new()?;
-        let made: Result<Vec<_>> = (0..disks).map(|n| Record::of_new_disk(&lab, &format!("drive{n}"), SIZE)).collect();
-        let (disks, records) = made?.into_iter().unzip();
-        Ok(Stage { lab, disks, records })
-    }
-
-    /// Tells a story beside guests that write all the while; at the end the disks hold what was acknowledged.
-    fn tell(&self, story: impl FnOnce(&mut Scene<'_>) -> Result<()>) -> Result<()> {
-        let daemon = Daemon::blkmark(&self.lab, &self.disks)?;
-        let mut guests = Vec::new();
-        let mut workers = Vec::new();
-        for (n, (disk, record)) in self.disks.iter().zip(&self.records).enumerate() {
-            let mut guest = Guest::connect(&disk.socket, Record::options())?;
-            let queue = guest.take_queues().pop().context("a queue")?;
-            guests.push(guest);
-            let work = move |stop: &Stop| record.keep_writing(queue, stop, 0x9e37_79b9 + 77 * n as u64);
-            workers.push(Box::new(work) as Worker<'_>);
-        }
-        let mut scene = Scene { stage: self, guests, daemon: Some(daemon) };
-        beside(workers, || {
-            let told = story(&mut scene);
-            told.map_err(|error| match &mut scene.daemon {
-                Some(daemon) => error.context(daemon.process().log_tail()),
-                None => error,
-            })
-        })?;
-        drop(scene.guests);
-        scene.daemon.context("a daemon")?.stop()?;
-        for (disk, record) in self.disks.iter().zip(&self.records) {
-            let last = record.acknowledged();
-            record.check(&disk.path, &last, &record.issued())?;
-        }
-        ensure!(left_behind(&self.lab)?.is_empty(), "{:?}", left_behind(&self.lab)?);
-        Ok(())
-    }
-}
-
-/// Files of points in time where scratch is.
-fn left_behind(lab: &Lab) -> Result<Vec<PathBuf>> {
-    let mut left = Vec::new();
-    for entry in fs::read_dir(lab.folder())? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(".blkmark-point-") {
-            left.push(entry.path());
-        }
-    }
-    Ok(left)
-}
-
-impl Scene<'_> {
-    fn qmp(&self) -> Result<Qmp> {
-        self.daemon.as_ref().context("a daemon")?.qmp()
-    }
-
-    /// An order whose instant is somewhere between two looks at the records.
-    fn order(&self, command: &str, arguments: Value) -> Result<Moment> {
-        let mut qmp = self.qmp()?;
-        let before = self.stage.records.iter().map(Record::acknowledged).collect();
-        qmp.run(command, arguments)?;
-        Ok((before, self.stage.records.iter().map(Record::issued).collect()))
-    }
-
-    /// Kills the daemon, starts another, and lets the guests go on.
-    fn kill(&mut self) -> Result<()> {
-        let mut killed = self.daemon.take().context("a daemon")?;
-        if killed.process().is_running() {
-            killed.process().kill()?;
-        }
-        let daemon = Daemon::blkmark(&self.stage.lab, &self.stage.disks)?;
-        self.daemon = Some(daemon);
-        for ((guest, disk), record) in self.guests.iter_mut().zip(&self.stage.disks).zip(&self.stage.records) {
-            record.reconnect(guest, disk)?;
-        }
-        Ok(())
-    }
-
-    /// Lets all guests write for a while.
-    fn load(&self) -> Result<()> {
-        self.stage.records.iter().try_for_each(|record| record.wait_for(600))
-    }
-
-    fn job(&self, id: &str) -> Result<Value> {
-        let jobs = self.qmp()?.run("query-block-jobs", json!({}))?;
-        let found = jobs.as_array().into_iter().flatten().find(|job| job["device"] == id).cloned();
-        found.with_context(|| format!("no job {id} in {jobs}"))
-    }
-
-    /// Lets a job run as fast as it can, and waits for the success of all.
-    fn complete(&self, slow: &str, ids: &[&str]) -> Result<()> {
-        let mut qmp = self.qmp()?;
-        qmp.run("block-job-set-speed", json!({"device": slow, "speed": 0}))?;
-        ids.iter().try_for_each(|id| qmp.job_completed(id))
-    }
-
-    fn check(&self, disk: usize, image: &std::path::Path, moment: &Moment) -> Result<()> {
-        self.stage.records[disk].check(image, &moment.0[disk], &moment.1[disk])
-    }
-
-    /// An increment into a copy of the image before it, which has to make that the disk of this instant.
-    fn increment(&mut self, base: &std::path::Path, name: &str, kills: usize) -> Result<PathBuf> {
-        let image = self.stage.lab.path(name);
-        fs::copy(base, &image)?;
-        let order = json!({"job-id": "inc", "device": "drive0", "target": image, "format": "raw", "mode": "existing",
-            "sync": "incremental", "bitmap": "b", "speed": SLOW});
-        let moment = self.order("drive-backup", order)?;
-        for _ in 0..kills {
-            self.load()?;
-            self.kill()?;
-            ensure!(self.job("inc")?["status"] == "running");
-        }
-        self.complete("inc", &["inc"])?;
-        self.check(0, &image, &moment)?;
-        Ok(image)
-    }
-}
-
-/// How often a job is to be killed: `BLKMARK_KILLS`, or as given.
-fn kills(usual: usize) -> usize {
-    std::env::var("BLKMARK_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(usual)
-}
-
-fn full(target: &std::path::Path, format: &str) -> Value {
-    json!({"job-id": "full", "device": "drive0", "target": target, "format": format, "sync": "full", "speed": SLOW})
-}
-
-fn add_bitmap(scene: &Scene<'_>, disk: &str) -> Result<()> {
-    let data = json!({"node": disk, "name": "b"});
-    scene.qmp()?.run("block-dirty-bitmap-add", data).map(drop)
-}
+use serde_json::json;
+use server::Server;
+use stage::{SIZE, SLOW, Stage, add_bitmap, full, kills};
 
 #[test]
 fn a_full_backup_and_its_increments_go_on_after_several_kills() -> Result<()> {
@@ -286,35 +134,6 @@ fn backups_into_nodes_go_on() -> Result<()> {
         })?;
     }
     Ok(())
-}
-
-/// An NBD server that keeps what it is sent to itself until it is flushed.
-struct Server {
-    process: Process,
-    socket: PathBuf,
-    file: PathBuf,
-}
-
-impl Server {
-    fn start(lab: &Lab) -> Result<Server> {
-        let (socket, file) = (lab.path("nbd.sock"), lab.path("export.raw"));
-        let image = fs::OpenOptions::new().write(true).create(true).truncate(false).open(&file)?;
-        image.set_len(SIZE)?;
-        Ok(Server { process: Server::process(lab, &socket, &file)?, socket, file })
-    }
-
-    fn process(lab: &Lab, socket: &Path, file: &Path) -> Result<Process> {
-        let _ = fs::remove_file(socket);
-        let mut command = tools::command("nbdkit")?;
-        command.args(["-f", "--filter=cache", "-U"]).arg(socket).arg("file").arg(file).arg("cache=writeback");
-        let mut process = Process::start("nbdkit", command.stdin(Stdio::null()), &lab.path("nbdkit.log"))?;
-        // It says nowhere that it is ready.
-        while UnixStream::connect(socket).is_err() {
-            ensure!(process.is_running(), "{}", process.log_tail());
-            std::thread::yield_now();
-        }
-        Ok(process)
-    }
 }
 
 #[test]
@@ -447,28 +266,6 @@ fn a_group_goes_on_as_a_group() -> Result<()> {
         scene.complete("job1", &["job0", "job1"])?;
         scene.check(0, &images[0], &moment)?;
         scene.check(1, &images[1], &moment)
-    })
-}
-
-#[test]
-fn a_point_in_time_and_what_reads_it_are_of_the_same_instant_after_a_kill() -> Result<()> {
-    let stage = Stage::new(1)?;
-    let image = stage.lab.path("point.raw");
-    stage.tell(|scene| {
-        add_bitmap(scene, "drive0")?;
-        scene.load()?;
-        let moment = scene.order("point-add", json!({"node": "drive0", "name": "p"}))?;
-        for _ in 0..2 {
-            scene.load()?;
-            scene.kill()?;
-        }
-        scene.load()?;
-        let order = json!({"job-id": "copy", "device": "p", "target": image, "format": "raw", "sync": "full"});
-        let mut qmp = scene.qmp()?;
-        qmp.run("drive-backup", order)?;
-        qmp.job_completed("copy")?;
-        scene.check(0, &image, &moment)?;
-        qmp.run("point-remove", json!({"name": "p"})).map(drop)
     })
 }
 

@@ -14,6 +14,7 @@ use blkmark_tests::blkio_client::BlkioClient;
 use blkmark_tests::daemon::{Daemon, Kind, blkmark_binary};
 use blkmark_tests::lab::{Disk, Lab, MIB};
 use blkmark_tests::process::GIVE_UP;
+use blkmark_tests::qmp::Qmp;
 use blkmark_tests::small_fs::SmallFileSystem;
 use blkmark_tests::tools;
 use serde_json::{Value, json};
@@ -54,6 +55,27 @@ impl Story {
     fn left(&self, kind: &str) -> Result<PathBuf> {
         let found = self.all_left()?.into_iter().find(|path| path.extension().is_some_and(|end| end == kind));
         found.with_context(|| format!("no {kind} among {:?}", self.all_left()))
+    }
+
+    /// The file of this kind that belongs to the point or job in whose note this stands.
+    fn left_of(&self, noted: &str, kind: &str) -> Result<PathBuf> {
+        for path in self.all_left()? {
+            if path.extension().is_some_and(|end| end == "note") && fs::read_to_string(&path)?.contains(noted) {
+                return Ok(path.with_extension(kind));
+            }
+        }
+        anyhow::bail!("no note of {noted} among {:?}", self.all_left()?)
+    }
+
+    /// Waits until each job has brought something to its target.
+    fn brought_something(&self, qmp: &mut Qmp) -> Result<()> {
+        loop {
+            let jobs = qmp.run("query-block-jobs", json!({}))?;
+            if jobs.as_array().into_iter().flatten().all(|job| job["offset"].as_u64() > Some(0)) {
+                return Ok(());
+            }
+            std::thread::yield_now();
+        }
     }
 
     fn all_left(&self) -> Result<Vec<PathBuf>> {
@@ -250,9 +272,8 @@ fn every_client_that_comes_hears_of_it_until_somebody_dismisses_it() -> Result<(
     daemon.stop().map(drop)
 }
 
-/// A copy of a point in time and a comparison, which do not go on.
-fn two_that_do_not_go_on(ends: fn(&Story) -> Result<&'static str>) -> Result<()> {
-    let mut story = Story::new()?;
+/// A copy of a point in time and a comparison are under way when the daemon is killed; then `damage` is done.
+fn killed_with_a_copy_and_a_comparison(story: &mut Story, damage: impl FnOnce(&Story) -> Result<()>) -> Result<()> {
     let mut daemon = story.start()?;
     let mut qmp = daemon.qmp()?;
     qmp.run("block-dirty-bitmap-add", json!({"node": "drive0", "name": "b"}))?;
@@ -268,29 +289,141 @@ fn two_that_do_not_go_on(ends: fn(&Story) -> Result<&'static str>) -> Result<()>
     story.write(0..8, 1)?;
     let held = qmp.bitmap("drive0", "b")?;
     ensure!(held["busy"] == true, "{held}");
+    story.brought_something(&mut qmp)?;
     // Of each its own, and that of the point.
     while story.all_left()?.iter().filter(|path| path.extension().is_some_and(|end| end == "notice")).count() < 3 {
         std::thread::yield_now();
     }
     daemon.process().kill()?;
-    let reason = ends(&story)?;
-    let daemon = story.start()?;
+    damage(story)
+}
+
+/// What of the copy and the comparison ended, and why; and which points are there. Nothing is left in the end.
+fn ended(
+    mut story: Story,
+    damage: impl FnOnce(&Story) -> Result<()>,
+    expected: &[(&str, &str, &str)],
+    points: usize,
+) -> Result<()> {
+    let instant = story.disk.content()?;
+    killed_with_a_copy_and_a_comparison(&mut story, damage)?;
+    let mut daemon = story.start()?;
     let told = story.told(&daemon)?;
-    for (job, kind) in [("copy", "backup"), ("fill", "bitmap-populate")] {
-        let end = told.iter().find(|told| told["event"] == "BLOCK_JOB_COMPLETED" && told["data"]["device"] == job);
+    let ends: Vec<_> = told.iter().filter(|told| told["event"] == "BLOCK_JOB_COMPLETED").collect();
+    ensure!(ends.len() == expected.len(), "{told:?}\n{}", daemon.process().log());
+    for (job, kind, reason) in expected {
+        let end = ends.iter().find(|told| told["data"]["device"] == *job);
         let data = &end.with_context(|| format!("{job}: {told:?}"))?["data"];
-        ensure!(data["type"] == kind, "{told:?}");
+        ensure!(data["type"] == *kind, "{told:?}");
         ensure!(data["error"].as_str().is_some_and(|error| error.contains(reason)), "{told:?}");
         daemon.qmp()?.run("job-dismiss", json!({"id": job}))?;
     }
     ensure!(story.told(&daemon)?.is_empty());
-    let bitmap = daemon.qmp()?.bitmap("drive0", "b")?;
-    ensure!(bitmap["busy"] == false && bitmap.get("inconsistent").is_none(), "{bitmap}");
-    // One that ends in the usual way leaves nothing to be told.
     let mut qmp = daemon.qmp()?;
+    let bitmap = qmp.bitmap("drive0", "b")?;
+    ensure!(bitmap["busy"] == false && bitmap.get("inconsistent").is_none(), "{bitmap}");
+    let nodes = qmp.run("query-named-block-nodes", json!({}))?;
+    let there = nodes.as_array().into_iter().flatten().filter(|node| node["node-name"] == "p").count();
+    ensure!(there == points, "{nodes}");
+    if points == 1 {
+        // It can be copied again, unless its copy goes on.
+        if qmp.run("query-jobs", json!({}))? == json!([]) {
+            let target = story.lab.path("again.raw");
+            let copy = json!({"job-id": "copy", "device": "p", "target": target, "format": "raw", "sync": "full"});
+            qmp.run("drive-backup", copy)?;
+            qmp.job_completed("copy").with_context(|| daemon.process().log_tail())?;
+            ensure!(fs::read(&target)? == instant);
+        } else {
+            qmp.run("block-job-set-speed", json!({"device": "copy", "speed": 0}))?;
+            qmp.job_completed("copy").with_context(|| daemon.process().log_tail())?;
+            ensure!(fs::read(story.lab.path("p.raw"))? == instant);
+        }
+        qmp.run("point-remove", json!({"name": "p"}))?;
+    }
+    // One that ends in the usual way leaves nothing to be told.
     let fill = json!({"job-id": "fill", "node": "drive0", "name": "b", "pattern": "all"});
     qmp.run("block-dirty-bitmap-populate", fill)?;
     qmp.job_completed("fill")?;
+    ensure!(story.all_left()?.is_empty(), "{:?}", story.all_left()?);
+    drop(qmp);
+    daemon.stop()?;
+    Ok(())
+}
+
+/// Comparisons never go on.
+const FILL: (&str, &str, &str) = ("fill", "bitmap-populate", "jobs of its kind do not go on");
+
+#[test]
+fn a_comparison_that_was_killed_but_not_a_copy_of_a_point() -> Result<()> {
+    ended(Story::new()?, |_| Ok(()), &[FILL], 1)
+}
+
+#[test]
+fn a_copy_of_a_point_and_a_comparison_on_a_machine_that_was_started_anew() -> Result<()> {
+    let gone = |story: &Story| {
+        for entry in fs::read_dir(story.tmpfs.folder())? {
+            fs::remove_file(entry?.path())?;
+        }
+        Ok(())
+    };
+    let reason = "what it had noted is gone";
+    ended(Story::new()?, gone, &[("copy", "backup", reason), ("fill", "bitmap-populate", reason)], 0)
+}
+
+#[test]
+fn a_copy_of_a_point_that_did_not_go_on() -> Result<()> {
+    let copy = ("copy", "backup", "the point in time that it copies did not go on");
+    for kind in ["ledger", "note"] {
+        ended(Story::new()?, |story| cut(&story.left_of("\"point\":\"p\"", kind)?), &[copy, FILL], 0)?;
+    }
+    ended(Story::new()?, |story| Ok(fs::remove_file(story.left("memory")?)?), &[copy, FILL], 0)
+}
+
+#[test]
+fn a_copy_of_a_point_whose_own_ledger_or_note_is_damaged() -> Result<()> {
+    for (kind, from, reason) in [("ledger", 16, "its ledger cannot be read"), ("note", 100, "its note is damaged")] {
+        let damage = |story: &Story| flip(&story.left_of("\"reader\"", kind)?, from);
+        ended(Story::new()?, damage, &[("copy", "backup", reason), FILL], 1)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_copy_of_a_point_whose_target_is_gone() -> Result<()> {
+    let copy = ("copy", "backup", "its target cannot be gone on with");
+    ended(Story::new()?, |story| Ok(fs::remove_file(story.lab.path("p.raw"))?), &[copy, FILL], 1)
+}
+
+/// One of a group cannot go on, so none does.
+fn a_group(damage: impl FnOnce(&Story) -> Result<()>, reasons: [&str; 2]) -> Result<()> {
+    let mut story = Story::new()?;
+    let mut daemon = story.start()?;
+    let mut qmp = daemon.qmp()?;
+    qmp.run("block-dirty-bitmap-add", json!({"node": "drive0", "name": "b"}))?;
+    qmp.run("point-add", json!({"node": "drive0", "name": "p"}))?;
+    let (copy, backup) = (story.lab.path("p.raw"), story.lab.path("full.raw"));
+    let data = json!({"actions": [
+        {"type": "drive-backup", "data": {"job-id": "copy", "device": "p", "target": copy, "format": "raw", "sync": "full",
+            "speed": UNIT}},
+        {"type": "drive-backup", "data": {"job-id": "backup", "device": "drive0", "target": backup, "format": "raw",
+            "sync": "full", "bitmap": "b", "bitmap-mode": "on-success", "speed": UNIT}},
+    ], "properties": {"completion-mode": "grouped"}});
+    qmp.run("transaction", data)?;
+    story.brought_something(&mut qmp)?;
+    daemon.process().kill()?;
+    damage(&story)?;
+    let daemon = story.start()?;
+    let mut qmp = daemon.qmp()?;
+    let jobs = qmp.run("query-jobs", json!({}))?;
+    for (id, reason) in ["copy", "backup"].into_iter().zip(reasons) {
+        let job = jobs.as_array().into_iter().flatten().find(|job| job["id"] == id);
+        let job = job.with_context(|| jobs.to_string())?;
+        let error = job["error"].as_str().unwrap_or_default();
+        ensure!(job["status"] == "concluded" && error.contains(reason), "{jobs}");
+    }
+    ensure!(qmp.bitmap("drive0", "b")?["busy"] == false);
+    // The point belongs to nobody's group.
+    qmp.run("point-remove", json!({"name": "p"}))?;
     drop(qmp);
     daemon.stop()?;
     ensure!(story.all_left()?.is_empty(), "{:?}", story.all_left()?);
@@ -298,18 +431,10 @@ fn two_that_do_not_go_on(ends: fn(&Story) -> Result<&'static str>) -> Result<()>
 }
 
 #[test]
-fn a_copy_of_a_point_and_a_comparison_that_were_killed() -> Result<()> {
-    two_that_do_not_go_on(|_| Ok("jobs of its kind do not go on"))
-}
-
-#[test]
-fn a_copy_of_a_point_and_a_comparison_on_a_machine_that_was_started_anew() -> Result<()> {
-    two_that_do_not_go_on(|story| {
-        for entry in fs::read_dir(story.tmpfs.folder())? {
-            fs::remove_file(entry?.path())?;
-        }
-        Ok("what it had noted is gone")
-    })
+fn a_group_of_a_copy_of_a_point_and_a_backup() -> Result<()> {
+    let (target, sibling) = ("its target cannot be gone on with", "another job of its group cannot be gone on with");
+    a_group(|story| Ok(fs::remove_file(story.lab.path("p.raw"))?), [target, sibling])?;
+    a_group(|story| Ok(fs::remove_file(story.lab.path("full.raw"))?), [sibling, target])
 }
 
 #[test]

@@ -253,7 +253,7 @@ impl BackupAction {
         let target = self.take_target(control, &node.disk)?;
         let cluster = self.check_job(control, &node.disk, target.as_deref(), granularity)?;
         if let (true, Some(target)) = (stage.real, target) {
-            let lease = node.take("block device is in use by block job: backup")?;
+            let lease = node.take_for_backup()?;
             self.of_point = Some(OfPoint { node: Arc::clone(node), lease, cluster, target });
         }
         Ok(())
@@ -312,9 +312,11 @@ impl BackupAction {
             let bits =
                 |name: &String| node.disk.tracker.bits(name).unwrap_or_else(|_| Bits::full(cluster, node.point.size()));
             let plan = self.bitmap.as_ref().map(bits);
+            // Another try may go elsewhere.
+            let once = self.settings.on_failure == OnFailure::Reclaim;
             let held = Held {
                 node: Arc::clone(&node.disk),
-                point: node.point.view(cluster, plan, Box::new(lease)),
+                point: node.point.lasting_view(cluster, plan, once, Box::new(lease)),
                 hold: None,
                 destination: self.destination.named().clone(),
                 content: Content::Wanted,

@@ -9,7 +9,7 @@
 
 use super::transaction::{self, Action, Stage};
 use super::{Control, done, options};
-use crate::job::Locked;
+use crate::job::{Kind, Locked};
 use crate::node::Node;
 use crate::point::{Point, PointOptions, Wanted};
 use crate::qmp::{Arguments, QmpError};
@@ -79,6 +79,11 @@ impl PointNode {
         users.reading.push((number, purpose.into()));
         drop(users);
         Ok(PointUse { node: Arc::clone(self), number })
+    }
+
+    /// To copy it.
+    pub(super) fn take_for_backup(self: &Arc<Self>) -> Result<PointUse, QmpError> {
+        self.take(format!("block device is in use by block job: {}", Kind::Backup.name()))
     }
 
     /// What `query-named-block-nodes` tells of it besides the members of every node.
@@ -152,8 +157,8 @@ impl Points {
     }
 
     /// Adds one that is in force.
-    pub(super) fn add(&self, node: PointNode) {
-        lock(&self.0).nodes.push(Arc::new(node));
+    pub(super) fn add(&self, node: Arc<PointNode>) {
+        lock(&self.0).nodes.push(node);
     }
 
     pub(super) fn find(&self, name: &str) -> Option<Arc<PointNode>> {
@@ -320,7 +325,7 @@ impl PointAction {
         match self {
             Self::Add(AddPoint { made: Some(node), reserved, .. }) => {
                 note(&node.name, &node.disk, &node.point);
-                lock(&control.points.0).nodes.push(node);
+                control.points.add(node);
                 drop(reserved);
                 None
             }

@@ -4,7 +4,11 @@
 //! request, those that are submitted again included. What cannot be gone on with ends here: its bitmap is reclaimed, its files go,
 //! the log says why, and a job is shown as concluded with that reason.
 //!
+//! Backups of points in time with names come behind those points (`readers`).
+//!
 //! Invariant: after this, no bitmap is frozen for a job that is not there, and no file of a point is left that nobody uses.
+
+mod readers;
 
 use super::claim::Claim;
 use super::destination::{Destination, check_size};
@@ -32,7 +36,10 @@ struct Restored {
     disk: Arc<Node>,
     id: Uuid,
     note: Note,
+    /// To be armed, unless it is a view of one that is.
     point: Arc<Point>,
+    /// Of a point with a name.
+    named: Option<Arc<PointNode>>,
     /// Of a job that copies.
     target: Option<Arc<dyn Target>>,
     /// The nodes that the target consists of, if it is one, and the claim on it.
@@ -67,8 +74,11 @@ impl Control {
             }
         }
         let done: HashSet<Uuid> = whole.iter().filter(|found| found.is_done()).filter_map(Whole::group).collect();
-        let whole = whole.into_iter().filter_map(|found| self.may_go_on(found, &done)).collect();
-        let restored = self.restore(whole);
+        let whole = whole.into_iter().filter_map(|found| self.may_go_on(found, &done));
+        let (readers, whole): (Vec<_>, Vec<_>) = whole.partition(|found| found.point().is_some());
+        let mut restored = self.restore(whole);
+        let readers = self.restore_readers(readers, &restored);
+        restored.extend(readers);
         let restored = self.whole_groups(restored);
         for disk in &self.disks {
             if let Some(haven) = disk.haven() {
@@ -213,8 +223,11 @@ impl Control {
             }
         };
         let disk = Arc::clone(disk);
-        let (nodes, claim) = (Vec::new(), None);
-        let mut restored = Restored { disk, id, note, point, target: None, nodes, claim, reservation: None };
+        self.furnished(Restored::new(disk, id, note, point))
+    }
+
+    /// It with all that it needs, or nothing.
+    fn furnished(&self, mut restored: Restored) -> Option<Restored> {
         match self.furnish(&mut restored) {
             Ok(()) => Some(restored),
             Err(reason) => {
@@ -230,7 +243,11 @@ impl Control {
             Role::Point { name } if self.points.has(name) || self.disk(name).is_some() => {
                 return Err("another node has its name".to_owned());
             }
-            Role::Point { .. } => return Ok(()),
+            Role::Point { name } => {
+                let (disk, point) = (Arc::clone(&restored.disk), Arc::clone(&restored.point));
+                restored.named = Some(Arc::new(PointNode::new(name.clone(), disk, point)));
+                return Ok(());
+            }
             Role::Job(job) => job,
         };
         restored.reservation = Some(self.jobs.reserve(&job.id).map_err(|error| error.to_string())?);
@@ -293,10 +310,11 @@ impl Control {
                 disks.push(disk);
             }
         }
+        let armed = || restored.iter().filter(|one| !one.point.is_view());
         let arm = || {
             let commits = disks.iter().map(|disk| {
                 let mut commit = disk.tracker.begin();
-                let of_disk = restored.iter().filter(|one| Arc::ptr_eq(disk, &one.disk));
+                let of_disk = armed().filter(|one| Arc::ptr_eq(disk, &one.disk));
                 of_disk.for_each(|one| commit.arm(one.point.gate()));
                 commit
             });
@@ -304,7 +322,7 @@ impl Control {
         };
         let begun = |cuts: &[Cut]| {
             let cut_of = points::cut_of(&disks, cuts);
-            restored.iter().for_each(|one| one.point.begin(cut_of(&one.disk)));
+            armed().for_each(|one| one.point.begin(cut_of(&one.disk)));
         };
         // No queue thread is there yet, and nothing has to be stored.
         if let Err(error) = flip::commit_then(arm(), begun) {
@@ -315,12 +333,12 @@ impl Control {
         let mut groups: Vec<(Option<Uuid>, Vec<NewJob>)> = Vec::new();
         for one in restored {
             tracing::warn!(disk = one.disk.id, point = %one.id, name = one.note.notice().name, "goes on after a kill");
-            let Restored { disk, note, point, target, mut nodes, claim, reservation, .. } = one;
+            let Restored { disk, note, point, named, target, mut nodes, claim, reservation, .. } = one;
             self.targets().append(&mut nodes);
             match note.role {
                 Role::Point { name } => {
                     points::note(&name, &disk, &point);
-                    self.points.add(PointNode::new(name, disk, point));
+                    named.into_iter().for_each(|node| self.points.add(node));
                 }
                 Role::Job(job) => {
                     let Some(id) = reservation else { continue };
@@ -376,9 +394,23 @@ impl Whole<'_> {
             Role::Point { .. } => None,
         }
     }
+
+    /// The point that it copies, if that belongs to somebody else.
+    fn point(&self) -> Option<Uuid> {
+        match &self.note.role {
+            Role::Job(job) => job.point,
+            Role::Point { .. } => None,
+        }
+    }
 }
 
 impl Restored {
+    /// Without what it needs besides.
+    fn new(disk: Arc<Node>, id: Uuid, note: Note, point: Arc<Point>) -> Self {
+        let (nodes, claim) = (Vec::new(), None);
+        Self { disk, id, note, point, named: None, target: None, nodes, claim, reservation: None }
+    }
+
     fn group(&self) -> Option<(Uuid, usize)> {
         match &self.note.role {
             Role::Job(job) => job.group,

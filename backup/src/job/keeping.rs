@@ -29,7 +29,9 @@ impl Keeping {
             Some(Self::Ending(Slip::leave(haven, notice)))
         };
         let backup = match &job.work {
-            Work::Backup(backup) if backup.held.point.is_view() => return ending(&backup.held.node, Kind::Backup),
+            Work::Backup(backup) if backup.held.point.ledger().is_none() => {
+                return ending(&backup.held.node, Kind::Backup);
+            }
             Work::Backup(backup) => backup,
             Work::Populate(populate) => return ending(&populate.node, Kind::Populate),
         };
@@ -56,6 +58,7 @@ impl Keeping {
             paused: false,
             hold: held.hold.clone(),
             of_bitmap: matches!(point.wanted(), Wanted::Frozen(_)),
+            point: point.ledger_of_owner(),
             destination: held.destination.clone(),
             target: None,
             follows: held.content == Content::Overwritten,

@@ -1,16 +1,14 @@
 //! Reading a kept point as if it were a disk: any range, any number of times, by many at once, and what of it was a hole.
 //!
-//! Used by exports and comparisons through [`PointSource`], and by jobs through a [`Point::view`]. The order is that of
+//! Used by exports and comparisons through [`PointSource`]. The order is that of
 //! `take`: the disk first, then the index, for whoever is in the index had a write behind it that may have come meanwhile. And
 //! the point is looked at after each read: one that broke in between is an error, never the disk of today.
 
-use super::{Point, PointError, View};
+use super::{Point, PointError};
 use crate::buffer::AlignedBuffer;
 use crate::pulse::Pulse;
 use crate::source::{BlockStatus, FileId, Source};
-use blkmark_bitmap::sync::Mutex;
-use blkmark_bitmap::{Bits, ByteRange, Granularity};
-use std::any::Any;
+use blkmark_bitmap::ByteRange;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -28,34 +26,6 @@ pub struct PointCost {
 }
 
 impl Point {
-    /// The same point for a reader that takes clusters of its own, all of them or those of `plan`. It can neither be ended nor
-    /// dropped by way of the view; the point stays for as long as there is one. `lease` is let go when the reader is done.
-    pub fn view(
-        self: &Arc<Self>,
-        cluster: Granularity,
-        plan: Option<Bits>,
-        lease: Box<dyn Any + Send + Sync>,
-    ) -> Arc<Self> {
-        debug_assert!(self.keep, "only a kept point can be read by several");
-        Arc::new(Self {
-            node: Arc::clone(&self.node),
-            cbw: Arc::clone(&self.cbw),
-            face: Arc::clone(&self.face),
-            // Whole units are kept.
-            cluster: cluster.max(self.cbw.unit()),
-            keep: self.keep,
-            ledger: None,
-            left: Mutex::default(),
-            pre_cut: Mutex::new(super::lock(&self.pre_cut).clone()),
-            view: Some(View { of: Arc::clone(self), plan, lease: Mutex::new(Some(lease)) }),
-        })
-    }
-
-    /// Whether it is a reader's view of a point that belongs to somebody else.
-    pub fn is_view(&self) -> bool {
-        self.view.is_some()
-    }
-
     /// What it costs at this moment.
     pub fn cost(&self) -> PointCost {
         let state = self.cbw.state();

@@ -13,6 +13,9 @@
 //! | 4096 | 16 for each 64 units | which of them the target holds (8), CRC-32 (4), 0 (4) |
 //! | next page | 16 for each unit | kind and place in scratch (4), CRC-32 of the data (4), CRC-32 (4), 0 (4) |
 //!
+//! The copy of a point that belongs to somebody else has a ledger of the first table alone, in which what is not to be copied counts as
+//! held from the start.
+//!
 //! A place never crosses a page, so a kill leaves it whole: the kernel looks for signals between pages.
 
 mod load;
@@ -24,7 +27,7 @@ pub(crate) use load::Loaded;
 use super::announce::Announcement;
 use super::{Haven, Kind, Note, Notice};
 use crate::source::FileId;
-use blkmark_bitmap::{ByteRange, Granularity};
+use blkmark_bitmap::{Bits, ByteRange, Granularity};
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -243,19 +246,29 @@ impl Ledger {
     /// The target holds `range`, whole units, so that a killed process takes nothing of it away: to be called before what the
     /// point keeps of it is given up.
     pub(crate) fn held(&self, range: ByteRange) -> io::Result<()> {
-        let units = self.plan.unit.cover(range);
-        if units.is_empty() {
-            return Ok(());
-        }
+        self.hold(std::iter::once(range))
+    }
+
+    /// The same for many ranges, of the granularity of the ledger or a coarser one; or to have them left out from the start.
+    pub(crate) fn hold_all(&self, clusters: &Bits) -> io::Result<()> {
+        self.hold(clusters.runs())
+    }
+
+    fn hold(&self, ranges: impl Iterator<Item = ByteRange>) -> io::Result<()> {
         let mut inner = self.inner();
-        let groups = units.start / GROUP..(units.end - 1) / GROUP + 1;
-        for group in groups.clone() {
-            let (first, end) = (units.start.max(group * GROUP), units.end.min((group + 1) * GROUP));
-            let bits = u64::MAX >> (GROUP - (end - first)) << (first % GROUP);
-            inner.held[group as usize] |= bits;
+        let (mut first, mut end) = (u64::MAX, 0);
+        for range in ranges.filter(|range| !range.is_empty()) {
+            let units = self.plan.unit.cover(range);
+            let groups = units.start / GROUP..(units.end - 1) / GROUP + 1;
+            (first, end) = (first.min(groups.start), end.max(groups.end));
+            for group in groups {
+                let (first, end) = (units.start.max(group * GROUP), units.end.min((group + 1) * GROUP));
+                let bits = u64::MAX >> (GROUP - (end - first)) << (first % GROUP);
+                inner.held[group as usize] |= bits;
+            }
         }
-        for first in groups.clone().step_by(BATCH) {
-            let end = groups.end.min(first + BATCH as u64);
+        for first in (first..end).step_by(BATCH) {
+            let end = end.min(first + BATCH as u64);
             let mut places = Vec::with_capacity((end - first) as usize * PLACE as usize);
             for group in first..end {
                 places.extend(place(self.id, HELD, group, inner.held[group as usize].to_le_bytes()));

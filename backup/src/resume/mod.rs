@@ -3,8 +3,8 @@
 //! A point in time of a served disk has three files beside its scratch, all of which a killed process leaves as they were, since
 //! the kernel keeps what was written: a *ledger* (`ledger`: where each saved unit is, which units the target holds) and a *note*
 //! (`note`: what the point is for) on tmpfs, and a *notice* where scratch is, durable, which says no more than that there was one,
-//! for the case that the machine goes (`announce`). A job that does not go on leaves a *slip* (`slip`) and a notice. Nothing of it is
-//! synced while a guest waits.
+//! for the case that the machine goes (`announce`). A copy of a point with a name has a ledger, a note and a notice of its own, beside
+//! the same scratch. A job that does not go on leaves a *slip* (`slip`) and a notice. Nothing of it is synced while a guest waits.
 //!
 //! Called by `point` and `cbw`, which keep the ledger; by `job`, which keeps the note; by the daemon at a start ([`Haven::find`]),
 //! before the store is opened, and by `control::resume`, which makes jobs of what was found.
@@ -22,6 +22,7 @@ pub use note::Notice;
 pub(crate) use note::{Member, Note, Role};
 pub(crate) use slip::Slip;
 
+use crate::job;
 use crate::source::FileId;
 use blkmark_bitmap::store::is_memory;
 use rustix::fs::{Mode, OFlags};
@@ -238,6 +239,9 @@ impl Haven {
         if let Some(slip) = self.read(id, Kind::Slip).ok().and_then(|bytes| Notice::decode(&bytes)) {
             let reason = match (slip.boot() == self.boot, slip.commits) {
                 (false, _) => "the machine was started anew",
+                (true, false) if slip.job == Some(job::Kind::Backup) => {
+                    "nothing could be noted that it would go on with"
+                }
                 (true, false) => "jobs of its kind do not go on",
                 (true, true) => "its end was being stored, so look whether it succeeded",
             };

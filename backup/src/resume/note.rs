@@ -50,6 +50,8 @@ pub(crate) struct Member {
     pub(crate) hold: Option<Hold>,
     /// The point has to give back what is frozen; all of the disk otherwise.
     pub(crate) of_bitmap: bool,
+    /// The point with a name that it copies, by its ledger. Its own has nothing but what need not be copied any more.
+    pub(crate) point: Option<Uuid>,
     pub(crate) destination: Destination,
     /// The file that the target is.
     pub(crate) target: Option<FileId>,
@@ -162,7 +164,8 @@ impl Note {
     pub(super) fn encode(&self) -> Vec<u8> {
         let role = match &self.role {
             Role::Point { name } => json!({ "point": name }),
-            Role::Job(job) => json!({ "job": job.encode() }),
+            // A version that knows of no such job must not take it for one of the disk as it is.
+            Role::Job(job) => json!({ if job.point.is_some() { "reader" } else { "job" }: job.encode() }),
         };
         sealed(&json!({
             "version": VERSION,
@@ -179,9 +182,11 @@ impl Note {
 
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let value = unsealed(bytes)?;
-        let role = match (string(&value["for"]["point"]), &value["for"]["job"]) {
-            (Some(name), _) => Role::Point { name },
-            (None, job) => Role::Job(Box::new(Member::decode(job)?)),
+        let role = &value["for"];
+        let role = match (string(&role["point"]), &role["job"], &role["reader"]) {
+            (Some(name), ..) => Role::Point { name },
+            (None, job, Value::Null) => Role::Job(Box::new(Member { point: None, ..Member::decode(job)? })),
+            (None, _, reader) => Role::Job(Box::new(Member::decode(reader).filter(|job| job.point.is_some())?)),
         };
         Some(Self {
             boot: uuid(&value["boot"])?,
@@ -225,6 +230,7 @@ impl Member {
             "paused": self.paused,
             "hold": hold,
             "of-bitmap": self.of_bitmap,
+            "of-point": self.point.map(|point| point.to_string()),
             "destination": destination,
             "target": self.target.map(file),
             "follows": self.follows,
@@ -268,6 +274,7 @@ impl Member {
             paused: value["paused"].as_bool()?,
             hold: opt(&value["hold"], hold)?,
             of_bitmap: value["of-bitmap"].as_bool()?,
+            point: opt(&value["of-point"], uuid)?,
             destination,
             target: opt(&value["target"], to_file)?,
             follows: value["follows"].as_bool()?,

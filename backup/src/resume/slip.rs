@@ -1,5 +1,5 @@
-//! What a job leaves that does not go on after a kill, a comparison or a copy of a point in time: its name, so that the process that
-//! comes after it says that it ended.
+//! What a job leaves that does not go on after a kill, a comparison, or a backup that could not make a ledger: its name, so that the
+//! process that comes after it says that it ended.
 //!
 //! A *slip* on tmpfs, which is there before the command that began the job is answered, and a notice for the case that the machine
 //! goes. Kept by `job::keeping`. Invariant: there is none of a job whose end was told.

@@ -58,6 +58,28 @@ fn what_is_read_is_what_was_written() {
 }
 
 #[test]
+fn many_ranges_are_held_as_if_one_by_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let haven = haven(directory.path());
+    let (some, size) = ([0..3, 63..66, 120..121, 200..300], 300 * UNIT - 512);
+    let mut clusters = Bits::new(Granularity::new(UNIT).unwrap(), size);
+    for units in &some {
+        clusters.set(ByteRange::between(units.start * UNIT, size.min(units.end * UNIT)));
+    }
+    let ledger = Ledger::create(&haven, plan(size)).unwrap();
+    ledger.held(unit(2)).unwrap();
+    ledger.hold_all(&clusters).unwrap();
+    assert_eq!(read(&haven, ledger.id()).unwrap().2, clusters.runs().collect::<Vec<_>>());
+    ledger.held(unit(3)).unwrap();
+    clusters.set(unit(3));
+    assert_eq!(read(&haven, ledger.id()).unwrap().2, clusters.runs().collect::<Vec<_>>());
+    // Nothing at all.
+    let ledger = Ledger::create(&haven, plan(size)).unwrap();
+    ledger.hold_all(&Bits::new(Granularity::new(UNIT).unwrap(), size)).unwrap();
+    assert_eq!(read(&haven, ledger.id()).unwrap().2, Vec::new());
+}
+
+#[test]
 fn a_flipped_byte_is_noticed_or_without_meaning() {
     let directory = tempfile::tempdir().unwrap();
     let haven = haven(directory.path());

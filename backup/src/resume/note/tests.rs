@@ -14,6 +14,7 @@ fn notes() -> Vec<Note> {
         paused: true,
         hold: Some(Hold { bitmap: "b\"\n".to_owned(), freeze: Uuid::new_v4(), mode: BitmapMode::Always }),
         of_bitmap: true,
+        point: None,
         destination: Destination::Path {
             path: PathBuf::from(std::ffi::OsString::from_vec(b"/a/\xff\xfe".to_vec())),
             format: Some("qcow2".to_owned()),
@@ -33,8 +34,14 @@ fn notes() -> Vec<Note> {
         error: Some("No space left on device".to_owned()),
         ..job.clone()
     };
+    let reader = Member { point: Some(Uuid::new_v4()), ..kept.clone() };
     let options = PointOptions { keep: true, on_error: cbw::OnError::BreakGuestWrite, timeout: None, outlive: true };
-    let roles = [Role::Job(Box::new(job)), Role::Job(Box::new(kept)), Role::Point { name: "p".to_owned() }];
+    let roles = [
+        Role::Job(Box::new(job)),
+        Role::Job(Box::new(kept)),
+        Role::Point { name: "p".to_owned() },
+        Role::Job(Box::new(reader)),
+    ];
     let note = |role| Note {
         boot: Uuid::new_v4(),
         disk: FileId { device: 3, inode: 4 },
