@@ -47,8 +47,11 @@ use points::Points;
 use serde_json::{Map, Value, json};
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::SystemTime;
+use std::sync::{Arc, Mutex, MutexGuard, mpsc};
+use std::time::{Duration, SystemTime};
+
+/// How long an end waits for file systems to take away what points in time had there.
+const CLEAN_UP: Duration = Duration::from_secs(2);
 
 pub use sandbox::{Confinement, Sandbox};
 
@@ -96,6 +99,24 @@ impl Control {
         self.exports.shut_down(&self.events);
         self.jobs.shut_down();
         self.points.shut_down(self.jobs.lock());
+        self.leave_nothing();
+    }
+
+    /// Whoever was the last to use a scratch takes it away, and may be about to: a process that ends does not wait for its
+    /// threads. Nor for long for a file system that hangs.
+    fn leave_nothing(&self) {
+        let havens: Vec<_> = self.disks.iter().filter_map(|disk| disk.haven().cloned()).collect();
+        let (done, over) = mpsc::channel();
+        let clean = move || {
+            havens.iter().for_each(|haven| haven.clean_up(&[]));
+            // Nobody may be waiting any more.
+            let _ = done.send(());
+        };
+        if let Err(error) = std::thread::Builder::new().name("clean-up".into()).spawn(clean) {
+            tracing::warn!(%error, "files of points in time may be left to the next start");
+        } else if over.recv_timeout(CLEAN_UP).is_err() {
+            tracing::warn!("files of points in time are left to the next start: a file system does not answer");
+        }
     }
 
     /// The jobs, for those who watch them in this process.

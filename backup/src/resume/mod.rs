@@ -278,6 +278,7 @@ impl Haven {
         for (path, id, _) in self.names() {
             if !kept.contains(&id)
                 && let Err(error) = std::fs::remove_file(&path)
+                && error.kind() != io::ErrorKind::NotFound
             {
                 tracing::warn!(path = %path.display(), %error, "could not take away what a point in time left");
             }
