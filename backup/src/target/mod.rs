@@ -72,6 +72,19 @@ pub trait Target: Send + Sync {
     /// with `InvalidInput` and nothing is written.
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
 
+    /// Whether the writes of several workers take turns, so that one who has many should hand them over together.
+    fn writes_in_turns(&self) -> bool {
+        false
+    }
+
+    /// Writes all of several pieces, each with its offset, in one turn. An error comes with how many were written before it.
+    fn write_all_at(&self, pieces: &[(u64, &[u8])]) -> Result<(), (usize, io::Error)> {
+        for (done, (offset, buf)) in pieces.iter().enumerate() {
+            self.write_at(buf, *offset).map_err(|error| (done, error))?;
+        }
+        Ok(())
+    }
+
     /// Makes the range read as zeroes, also over a backing file, taking as little space as possible.
     fn write_zeroes_at(&self, offset: u64, len: u64) -> io::Result<()>;
 
@@ -82,15 +95,10 @@ pub trait Target: Send + Sync {
         false
     }
 
-    /// Everything written so far is found again by whoever opens the file after this process was killed. Whether that takes
-    /// anything: see [`Target::notes_down_later`].
+    /// Everything written so far is found again by whoever opens the file after this process was killed. Not called for each write,
+    /// since it may take something.
     fn note_down(&self) -> io::Result<()> {
         Ok(())
-    }
-
-    /// Whether [`Target::note_down`] is work, and not to be called for each write.
-    fn notes_down_later(&self) -> bool {
-        false
     }
 
     /// Returns when everything written so far is durable. An error is final: later calls fail too.

@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 
 /// The kernel's number for tmpfs, which takes O_DIRECT and has nothing but a page cache.
 const TMPFS_MAGIC: u64 = 0x0102_1994;
@@ -32,6 +32,9 @@ pub(super) struct Pour {
     cached: Mutex<u64>,
 }
 
+/// Whose turn it is to write through the page cache.
+pub(super) type Turn<'a> = MutexGuard<'a, u64>;
+
 impl Pour {
     pub fn new(bytes: &Bytes) -> Self {
         Self { direct: open_direct(bytes.file()), cached: Mutex::new(0) }
@@ -39,22 +42,39 @@ impl Pour {
 
     /// Writes all of `buf`.
     pub fn write_at(&self, bytes: &Bytes, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.write_in_turn(bytes, buf, offset, &mut None)
+    }
+
+    /// The same for who writes more, and has the turn from the first write on that needs it.
+    pub fn write_in_turn<'a>(
+        &'a self,
+        bytes: &Bytes,
+        buf: &[u8],
+        offset: u64,
+        turn: &mut Option<Turn<'a>>,
+    ) -> io::Result<()> {
         match &self.direct {
             Some(direct) if goes_direct(buf, offset) => match direct.write_all_at(buf, offset) {
                 // Not on this device, or not this range of it, after all.
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.write_cached(bytes, buf, offset),
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.write_cached(bytes, buf, offset, turn),
                 done => done,
             },
-            _ => self.write_cached(bytes, buf, offset),
+            _ => self.write_cached(bytes, buf, offset, turn),
         }
     }
 
-    fn write_cached(&self, bytes: &Bytes, buf: &[u8], offset: u64) -> io::Result<()> {
-        let mut waiting = self.cached.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    fn write_cached<'a>(
+        &'a self,
+        bytes: &Bytes,
+        buf: &[u8],
+        offset: u64,
+        turn: &mut Option<Turn<'a>>,
+    ) -> io::Result<()> {
+        let waiting = turn.get_or_insert_with(|| self.cached.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
         bytes.write_at(buf, offset)?;
-        *waiting += buf.len() as u64;
-        if *waiting >= BEHIND && self.direct.is_some() {
-            *waiting = 0;
+        **waiting += buf.len() as u64;
+        if **waiting >= BEHIND && self.direct.is_some() {
+            **waiting = 0;
             bytes.write_behind();
         }
         Ok(())
