@@ -28,12 +28,16 @@ struct Served {
 
 impl Served {
     fn start(lab: &Lab, disk: &Disk, store: Option<&Path>) -> Result<Served> {
+        Self::start_with(lab, disk, store, &[])
+    }
+
+    fn start_with(lab: &Lab, disk: &Disk, store: Option<&Path>, more: &[&str]) -> Result<Served> {
         let (path, socket) = (disk.path.display(), disk.socket.display());
         let store = store.map_or_else(String::new, |store| format!(",bitmaps={}", store.display()));
         let control = lab.path("control.sock");
         let mut serve = std::process::Command::new(blkmark_binary()?);
         serve.args(["serve", "--disk", &format!("id=drive0,path={path},socket={socket}{store}"), "--control"]);
-        let mut process = lab.start("blkmark", serve.arg(&control))?;
+        let mut process = lab.start("blkmark", serve.arg(&control).args(more))?;
         process.first_line()?;
         Ok(Served { process, qmp: Qmp::connect(&control)? })
     }
@@ -130,6 +134,38 @@ fn no_room_on_xfs_costs_no_bitmap() -> Result<()> {
     file.set_len(ballast - 8 * MIB)?;
     file.sync_all()?;
     full(&xfs.folder())
+}
+
+/// All memory of a live map is taken before a guest marks in it: on a tmpfs that is full, a mark would kill the daemon.
+#[test]
+fn a_live_map_without_room_is_an_error_of_the_command() -> Result<()> {
+    const LARGE: u64 = 16 << 30;
+    const MAP: u64 = 4096 + LARGE / 512 / 8;
+    // There is room for one map; and of another for less than a huge page, or more than one.
+    for room in [MAP + MIB, 7 * MIB] {
+        let lab = Lab::new()?;
+        let disk = lab.disk("drive0", LARGE)?;
+        let tmpfs = SmallFileSystem::mount(room)?;
+        let runtime = tmpfs.folder().display().to_string();
+        let mut served = Served::start_with(&lab, &disk, None, &["--runtime-dir", &runtime])?;
+        let fine = |name: &str| json!({"node": "drive0", "name": name, "granularity": 512});
+        served.qmp.run("block-dirty-bitmap-add", fine("b"))?;
+        let free = || rustix::fs::statvfs(tmpfs.folder()).map(|stat| stat.f_bfree * stat.f_frsize);
+        let left = free()?;
+        ensure!(left + MAP <= room, "the map is not allocated in full: {left} of {room} left");
+        let refused = served.qmp.refused("block-dirty-bitmap-add", fine("c"))?.to_string();
+        ensure!(refused.contains("no memory for the live map"), "{refused}");
+        ensure!(free()? == left, "what the refused command took is not given back");
+        // A mark in every page of the map.
+        let mut guest = BlkioClient::connect(&disk.socket, 1)?;
+        let pages = LARGE / (4096 * 8 * 512);
+        (0..pages).try_for_each(|page| guest.write(page * (LARGE / pages), &[7; 512]))?;
+        let bits = served.qmp.bitmap("drive0", "b")?;
+        ensure!(bits["count"] == pages * 512, "{bits}");
+        drop(guest);
+        served.end(false)?;
+    }
+    Ok(())
 }
 
 fn remount(folder: &Path, how: &str) -> Result<()> {

@@ -32,8 +32,11 @@ const WORKERS: u64 = 2;
 /// runs do take long: on memory, or out of a cache, they would be in each other's way.
 const WORKERS_SCATTERED: u64 = 16;
 
-/// A run that takes longer is worth one more worker.
-const LONG: Duration = Duration::from_micros(100);
+/// Runs that take longer are worth one more worker: no cache is as slow, and hardly a disk as fast,
+const LONG: Duration = Duration::from_micros(40);
+
+/// if so many in a row do. A single one may be a worker that waited for a processor: with another one it would wait for longer.
+const IN_A_ROW: u32 = 3;
 
 /// Runs that are shorter than this on average are scattered.
 const SCATTERED: u64 = 256 << 10;

@@ -6,7 +6,7 @@
 use super::control::CopyControl;
 use super::deal::{Deal, Hand};
 use super::pace::Pace;
-use super::{Action, CopyError, LONG, RETRY_PAUSE, Side};
+use super::{Action, CopyError, IN_A_ROW, LONG, RETRY_PAUSE, Side};
 use crate::buffer::{AlignedBuffer, is_zero};
 use crate::point::{Point, PointError};
 use crate::source::Source;
@@ -14,14 +14,15 @@ use crate::target::Target;
 use crate::turns::yield_to_others;
 use blkmark_bitmap::ByteRange;
 use std::io;
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// Most runs in a hand: a worker that is told to stop finishes its hand first.
 const HAND: usize = 64;
 
-/// How often a target that holds things back (a qcow2 its tables, an NBD server what it has not flushed) has to see to it that
-/// another process could go on.
+/// How often it is noted what the target holds, so that another process could go on: a target that holds things back (a qcow2 its
+/// tables, an NBD server what it has not flushed) brings them out, and the point lets go.
 pub(super) const NOTED_EVERY: Duration = Duration::from_millis(100);
 
 /// So much more often than it notes it does something else.
@@ -58,11 +59,9 @@ impl<'a> Shared<'a> {
         self.deal.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// These are in the target. Once a killed process would take nothing of them away, the point need not keep them.
+    /// These are in the target. Once a killed process would take nothing of them away, the point need not keep them. It hears of
+    /// that in batches: to write each block down by itself costs about as much as to copy it.
     fn release(&self, done: &[ByteRange]) {
-        if !self.target.notes_down_later() {
-            return self.point.release(done);
-        }
         if !self.point.is_released() {
             return;
         }
@@ -97,11 +96,13 @@ pub(super) struct Worker<'w, 'a> {
     buffer: AlignedBuffer,
     /// What is in the target and not yet reported.
     done: Vec<ByteRange>,
+    /// How many of its last pieces took long, one after the other.
+    long: u32,
 }
 
 impl<'w, 'a> Worker<'w, 'a> {
     pub(super) fn new(shared: &'w Shared<'a>) -> Self {
-        Self { shared, buffer: AlignedBuffer::new(shared.chunk as usize), done: Vec::new() }
+        Self { shared, buffer: AlignedBuffer::new(shared.chunk as usize), done: Vec::new(), long: 0 }
     }
 
     /// Works until there is nothing left. Calls `hire` where more hands would help.
@@ -140,14 +141,85 @@ impl<'w, 'a> Worker<'w, 'a> {
 
     fn pieces(&mut self, pieces: &[ByteRange], hire: &dyn Fn()) -> Result<(), CopyError> {
         self.shared.control.admit(pieces.iter().map(|piece| piece.len()).sum())?;
+        if self.shared.target.writes_in_turns() && !self.shared.control.is_sharing() {
+            return self.bundle(pieces, hire);
+        }
         for piece in pieces {
             let began = Instant::now();
             self.copy(*piece)?;
-            if began.elapsed() > LONG {
-                hire();
-            }
+            self.took(began.elapsed(), hire);
         }
         Ok(())
+    }
+
+    fn took(&mut self, time: Duration, hire: &dyn Fn()) {
+        self.long = if time > LONG { self.long + 1 } else { 0 };
+        if self.long >= IN_A_ROW {
+            hire();
+        }
+    }
+
+    /// Reads all pieces, then writes them in one turn, while another worker reads. If each were written by itself, two workers would
+    /// be in each other's way at every one of them, and one of them asleep most of the time.
+    fn bundle(&mut self, pieces: &[ByteRange], hire: &dyn Fn()) -> Result<(), CopyError> {
+        let mut read = 0;
+        for (at, piece) in pieces.iter().enumerate() {
+            let (began, end) = (Instant::now(), read + piece.len() as usize);
+            if self.shared.point.take(*piece, &mut self.buffer[read..end]).is_err() {
+                // What was read does not wait for a disk that fails. Whoever tries this one again tells of the error.
+                self.write_bundle(&pieces[..at])?;
+                self.copy(*piece)?;
+                return self.bundle(&pieces[at + 1..], hire);
+            }
+            self.took(began.elapsed(), hire);
+            read = end;
+        }
+        self.write_bundle(pieces)
+    }
+
+    /// Writes pieces that lie one behind the other in the buffer.
+    fn write_bundle(&mut self, pieces: &[ByteRange]) -> Result<(), CopyError> {
+        let (mut parts, mut begin) = (Vec::with_capacity(pieces.len()), 0);
+        for piece in pieces {
+            let end = begin + piece.len() as usize;
+            for (part, zero) in self.parts(begin..end) {
+                let range = ByteRange::new(piece.start() + (part.start - begin) as u64, part.len() as u64);
+                if zero {
+                    self.zeroes(range, Below::Untouched)?;
+                } else {
+                    parts.push((range.start(), part));
+                }
+            }
+            begin = end;
+        }
+        let mut written = 0;
+        self.insist(|worker| {
+            let left: Vec<(u64, &[u8])> =
+                parts[written..].iter().map(|(offset, part)| (*offset, &worker.buffer[part.clone()])).collect();
+            worker.shared.target.write_all_at(&left).map_err(|(done, error)| {
+                written += done;
+                CopyError::Target { offset: left[done].0, error }
+            })
+        })?;
+        self.done.extend_from_slice(pieces);
+        Ok(())
+    }
+
+    /// Divides whole clusters in the buffer into such that are all zero and others.
+    fn parts(&self, all: Range<usize>) -> Vec<(Range<usize>, bool)> {
+        let cluster = self.shared.point.cluster().bytes() as usize;
+        let next = |at: usize| (at + cluster).min(all.end);
+        let (mut parts, mut at) = (Vec::new(), all.start);
+        while at < all.end {
+            let zero = is_zero(&self.buffer[at..next(at)]);
+            let mut until = next(at);
+            while until < all.end && is_zero(&self.buffer[until..next(until)]) == zero {
+                until = next(until);
+            }
+            parts.push((at..until, zero));
+            at = until;
+        }
+        parts
     }
 
     /// What turns out to be data after all is copied.
@@ -200,22 +272,13 @@ impl<'w, 'a> Worker<'w, 'a> {
     fn write(&mut self, piece: ByteRange, below: Below) -> Result<(), CopyError> {
         let len = piece.len() as usize;
         self.insist(|worker| Ok(worker.shared.point.take(piece, &mut worker.buffer[..len])?))?;
-        let cluster = self.shared.point.cluster().bytes() as usize;
-        let mut at = 0;
-        while at < len {
-            let end = |at: usize| (at + cluster).min(len);
-            let zero = is_zero(&self.buffer[at..end(at)]);
-            let mut until = end(at);
-            while until < len && is_zero(&self.buffer[until..end(until)]) == zero {
-                until = end(until);
-            }
-            let range = ByteRange::new(piece.start() + at as u64, (until - at) as u64);
+        for (part, zero) in self.parts(0..len) {
+            let range = ByteRange::new(piece.start() + part.start as u64, part.len() as u64);
             if zero {
                 self.zeroes(range, below)?;
             } else {
-                self.put(range, |worker| worker.shared.target.write_at(&worker.buffer[at..until], range.start()))?;
+                self.put(range, |worker| worker.shared.target.write_at(&worker.buffer[part.clone()], range.start()))?;
             }
-            at = until;
         }
         Ok(())
     }
@@ -256,3 +319,6 @@ impl<'w, 'a> Worker<'w, 'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

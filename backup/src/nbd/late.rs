@@ -140,10 +140,6 @@ impl Target for LateTarget {
         self.target()?.note_down()
     }
 
-    fn notes_down_later(&self) -> bool {
-        self.connected.get().is_none_or(Target::notes_down_later)
-    }
-
     fn flush(&self) -> io::Result<()> {
         self.target()?.flush()
     }

@@ -127,10 +127,6 @@ impl Target for NbdTarget {
         self.flush()
     }
 
-    fn notes_down_later(&self) -> bool {
-        !self.fua
-    }
-
     fn flush(&self) -> io::Result<()> {
         if self.flush_failed.load(Ordering::SeqCst) {
             return Err(io::Error::from_raw_os_error(libc::EIO));

@@ -3,7 +3,7 @@
 //! Jobs make targets with [`create`] (`drive-backup`) or [`open`] (`mode: existing`, `blockdev-add`), the copy engine
 //! writes them, and the job concludes them. Nothing here knows of bitmaps, points in time or QMP. Rooms: `place` (paths
 //! to descriptors, links refused), `draft` (files that vanish unless kept), `bytes` (whole reads, writes and zeroing of a
-//! descriptor), `pour` (large writes, with `large` pages for what is memory), `raw` (with `share`, for taking blocks of another file), `qcow2` (with `header`, `check`, `mark` and `deflate` beneath it), `image`
+//! descriptor), `pour` (large writes, with `huge` pages for what is memory), `raw` (with `share`, for taking blocks of another file), `qcow2` (with `header`, `check`, `mark` and `deflate` beneath it), `image`
 //! (reading chains through `imago`, with `storage` beneath it; flattening them).
 //!
 //! Invariants: a refused creation leaves nothing behind and an existing file as it was; a target is never a file that
@@ -17,8 +17,8 @@ mod draft;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 mod header;
+mod huge;
 pub mod image;
-mod large;
 mod mark;
 mod place;
 mod pour;
@@ -78,6 +78,19 @@ pub trait Target: Send + Sync {
     /// with `InvalidInput` and nothing is written.
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
 
+    /// Whether the writes of several workers take turns, so that one who has many should hand them over together.
+    fn writes_in_turns(&self) -> bool {
+        false
+    }
+
+    /// Writes all of several pieces, each with its offset, in one turn. An error comes with how many were written before it.
+    fn write_all_at(&self, pieces: &[(u64, &[u8])]) -> Result<(), (usize, io::Error)> {
+        for (done, (offset, buf)) in pieces.iter().enumerate() {
+            self.write_at(buf, *offset).map_err(|error| (done, error))?;
+        }
+        Ok(())
+    }
+
     /// Makes the range read as zeroes, also over a backing file, taking as little space as possible.
     fn write_zeroes_at(&self, offset: u64, len: u64) -> io::Result<()>;
 
@@ -88,15 +101,10 @@ pub trait Target: Send + Sync {
         false
     }
 
-    /// Everything written so far is found again by whoever opens the file after this process was killed. Whether that takes
-    /// anything: see [`Target::notes_down_later`].
+    /// Everything written so far is found again by whoever opens the file after this process was killed. Not called for each write,
+    /// since it may take something.
     fn note_down(&self) -> io::Result<()> {
         Ok(())
-    }
-
-    /// Whether [`Target::note_down`] is work, and not to be called for each write.
-    fn notes_down_later(&self) -> bool {
-        false
     }
 
     /// Returns when everything written so far is durable. An error is final: later calls fail too.

@@ -89,6 +89,20 @@ impl Target for RawTarget {
         self.pour.write_at(&self.draft.bytes, buf, offset)
     }
 
+    fn writes_in_turns(&self) -> bool {
+        true
+    }
+
+    fn write_all_at(&self, pieces: &[(u64, &[u8])]) -> Result<(), (usize, io::Error)> {
+        let mut turn = None;
+        for (done, (offset, buf)) in pieces.iter().enumerate() {
+            check_range(*offset, buf.len() as u64, self.size)
+                .and_then(|()| self.pour.write_in_turn(&self.draft.bytes, buf, *offset, &mut turn))
+                .map_err(|error| (done, error))?;
+        }
+        Ok(())
+    }
+
     fn write_zeroes_at(&self, offset: u64, len: u64) -> io::Result<()> {
         check_range(offset, len, self.size)?;
         self.draft.bytes.zero_at(offset, len)

@@ -23,7 +23,7 @@ use crate::blocks::words_for;
 use crate::live::LiveMap;
 use crate::named::MOST_BITS;
 use crate::sync::Ordering;
-use rustix::fs::{FallocateFlags, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
@@ -168,9 +168,9 @@ impl Maps for Shm {
         };
         let len = PAGE as u64 + LiveMap::bytes_for(head.granularity, head.size);
         let made = (|| {
-            rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, len)?;
+            let mapping = Mapping::take(&file, len as usize)?;
             file.write_all(&header(head))?;
-            Mapping::new(&file, len as usize)
+            Ok(mapping)
         })();
         let mapping = match made {
             Ok(mapping) => Arc::new(mapping),

@@ -256,10 +256,6 @@ impl Target for Qcow2Target {
         self.state()?.tables.flush(self.bytes())
     }
 
-    fn notes_down_later(&self) -> bool {
-        true
-    }
-
     fn flush(&self) -> io::Result<()> {
         self.note_down()?;
         self.bytes().sync()

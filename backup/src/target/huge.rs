@@ -1,7 +1,7 @@
-//! Large pages for what is new in files in memory.
+//! Huge pages for what is new in files in memory.
 //!
 //! Called by `pour` before all of a block of a file on tmpfs is written. Most of what a write into a hole costs there is making 512
-//! pages for the block, each charged and entered by itself; one large page in their place takes a fraction of that. tmpfs makes
+//! pages for the block, each charged and entered by itself; one huge page in their place takes a fraction of that. tmpfs makes
 //! them by itself only where it is mounted with `huge=`, but whoever asks for a range gets one (`madvise(2)`, MADV_COLLAPSE,
 //! Linux 6.1), provided that something is in the range.
 //!
@@ -17,22 +17,22 @@ use std::ptr::{null_mut, without_provenance_mut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Bytes of a large page. Where the processor has others the kernel refuses.
+/// Bytes of a huge page. Where the processor has others the kernel refuses.
 pub(super) const BLOCK: usize = 2 << 20;
 
 /// What comes first, so that there is something in the range.
 const PAGE: usize = 4096;
 
-/// A large page that took longer was made by moving other pages out of its way: on a machine whose memory is that fragmented,
+/// A huge page that took longer was made by moving other pages out of its way: on a machine whose memory is that fragmented,
 /// small ones are cheaper. In a virtual machine whose host has to find the memory, one may take a few milliseconds.
 const TOO_LONG: Duration = Duration::from_millis(20);
 
 /// A file on tmpfs.
-pub(super) struct LargePages {
+pub(super) struct HugePages {
     given_up: AtomicBool,
 }
 
-impl LargePages {
+impl HugePages {
     pub fn new() -> Self {
         Self { given_up: AtomicBool::new(false) }
     }
@@ -66,7 +66,7 @@ fn is_hole(bytes: &Bytes, offset: u64) -> bool {
     }
 }
 
-/// Asks for one large page at `offset`, a multiple of [`BLOCK`].
+/// Asks for one huge page at `offset`, a multiple of [`BLOCK`].
 fn collapse(bytes: &Bytes, offset: u64) -> bool {
     let Some(window) = Window::reserve() else { return false };
     let flags = libc::MAP_SHARED | libc::MAP_FIXED;
@@ -77,7 +77,7 @@ fn collapse(bytes: &Bytes, offset: u64) -> bool {
     mapped != libc::MAP_FAILED && unsafe { libc::madvise(mapped, BLOCK, libc::MADV_COLLAPSE) } == 0
 }
 
-/// Addresses for one block, aligned as a large page has to be. Nothing can be read or written there.
+/// Addresses for one block, aligned as a huge page has to be. Nothing can be read or written there.
 struct Window {
     reserved: *mut libc::c_void,
 }
@@ -113,7 +113,7 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     fn in_memory(len: usize) -> io::Result<Bytes> {
-        let file: File = rustix::fs::memfd_create("large-pages", rustix::fs::MemfdFlags::CLOEXEC)?.into();
+        let file: File = rustix::fs::memfd_create("huge-pages", rustix::fs::MemfdFlags::CLOEXEC)?.into();
         file.set_len(len as u64)?;
         Bytes::new(file)
     }
@@ -125,10 +125,10 @@ mod tests {
     #[test]
     fn what_is_written_is_there_and_nothing_else_takes_memory() {
         let bytes = in_memory(8 * BLOCK).unwrap();
-        let large = LargePages::new();
+        let huge = HugePages::new();
         // From the middle of the second block to the middle of the fifth: two whole ones.
         let (data, offset) = (noise(3 * BLOCK), (BLOCK + BLOCK / 2) as u64);
-        large.prepare(&bytes, &data, offset);
+        huge.prepare(&bytes, &data, offset);
         assert!(bytes.file().metadata().unwrap().blocks() <= 2 * BLOCK as u64 / 512);
         bytes.write_at(&data, offset).unwrap();
         assert_eq!(bytes.file().metadata().unwrap().blocks(), 3 * BLOCK as u64 / 512);
@@ -144,17 +144,17 @@ mod tests {
     fn what_is_there_already_is_left_alone() {
         let (bytes, data) = (in_memory(2 * BLOCK).unwrap(), noise(BLOCK));
         bytes.write_at(&data[..PAGE], (BLOCK + BLOCK / 2) as u64).unwrap();
-        let large = LargePages::new();
-        large.prepare(&bytes, &data, BLOCK as u64);
+        let huge = HugePages::new();
+        huge.prepare(&bytes, &data, BLOCK as u64);
         assert_eq!(bytes.file().metadata().unwrap().blocks(), PAGE as u64 / 512);
-        assert!(!large.given_up.load(Ordering::Relaxed));
+        assert!(!huge.given_up.load(Ordering::Relaxed));
     }
 
     #[test]
     fn what_is_shorter_than_a_block_is_left_to_the_write() {
         let bytes = in_memory(4 * BLOCK).unwrap();
-        LargePages::new().prepare(&bytes, &noise(BLOCK), 4096);
-        LargePages::new().prepare(&bytes, &noise(BLOCK - 512), 0);
+        HugePages::new().prepare(&bytes, &noise(BLOCK), 4096);
+        HugePages::new().prepare(&bytes, &noise(BLOCK - 512), 0);
         assert_eq!(bytes.file().metadata().unwrap().blocks(), 0);
     }
 
@@ -162,8 +162,8 @@ mod tests {
     fn a_file_that_was_cut_short_does_no_harm() {
         let bytes = in_memory(BLOCK).unwrap();
         bytes.file().set_len(0).unwrap();
-        let (large, data) = (LargePages::new(), noise(2 * BLOCK));
-        large.prepare(&bytes, &data, 0);
+        let (huge, data) = (HugePages::new(), noise(2 * BLOCK));
+        huge.prepare(&bytes, &data, 0);
         bytes.write_at(&data, 0).unwrap();
         let mut all = vec![0; 2 * BLOCK];
         bytes.read_at(&mut all, 0).unwrap();
@@ -175,8 +175,8 @@ mod tests {
         // No such file system, and no shared mapping of what may not be read.
         let dir = tempfile::tempdir().unwrap();
         let file = File::create(dir.path().join("write-only")).unwrap();
-        let (bytes, large) = (Bytes::new(file).unwrap(), LargePages::new());
-        large.prepare(&bytes, &noise(BLOCK), 0);
-        assert!(large.given_up.load(Ordering::Relaxed));
+        let (bytes, huge) = (Bytes::new(file).unwrap(), HugePages::new());
+        huge.prepare(&bytes, &noise(BLOCK), 0);
+        assert!(huge.given_up.load(Ordering::Relaxed));
     }
 }
