@@ -165,9 +165,11 @@ impl<'w, 'a> Worker<'w, 'a> {
         let mut read = 0;
         for (at, piece) in pieces.iter().enumerate() {
             let (began, end) = (Instant::now(), read + piece.len() as usize);
-            if self.shared.point.take(*piece, &mut self.buffer[read..end]).is_err() {
-                // What was read does not wait for a disk that fails. Whoever tries this one again tells of the error.
+            if let Err(error) = self.shared.point.take(*piece, &mut self.buffer[read..end]) {
+                // What was read does not wait for a disk that fails.
                 self.write_bundle(&pieces[..at])?;
+                let mut first = Some(error);
+                self.insist(|_| first.take().map_or(Ok(()), |error| Err(error.into())))?;
                 self.copy(*piece)?;
                 return self.bundle(&pieces[at + 1..], hire);
             }

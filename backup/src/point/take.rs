@@ -26,7 +26,8 @@ impl Point {
     }
 
     /// Reads `range`, which consists of whole wanted clusters, as of the point in time. Unless the point is kept, what was
-    /// read is the caller's from then on. Several readers at a time take disjoint ranges.
+    /// read is the caller's from then on; if some of it cannot be read, the point gives up none of it, so it can be tried again.
+    /// Several readers at a time take disjoint ranges.
     pub fn take(&self, range: ByteRange, buf: &mut [u8]) -> Result<(), PointError> {
         self.wait_for_pre_cut(range);
         let mut at = range.start();
@@ -52,19 +53,30 @@ impl Point {
                     .read_at(part, at)
                     .map_err(|error| PointError::Source { offset: at, error: Arc::new(error) })?;
             }
-            for (unit, saved) in self.settle_read(piece)? {
+            for (unit, saved) in self.saved_in(piece)? {
                 let part = &mut part[(unit.start() - at) as usize..(unit.end() - at) as usize];
                 match &saved {
                     None => part.fill(0),
                     Some(block) => block.load(part).map_err(|error| PointError::Scratch(Arc::new(error)))?,
                 }
-                if !self.waits_for_release() {
-                    self.forget(unit);
-                }
             }
             at = end;
         }
+        if !self.waits_for_release() {
+            for (unit, _) in self.settle_read(range)? {
+                self.forget(unit);
+            }
+        }
         Ok(())
+    }
+
+    /// What of `piece` is kept at this moment: behind a read of the disk, what was read of it does not count.
+    fn saved_in(&self, piece: ByteRange) -> Result<Vec<(ByteRange, Saved)>, PointError> {
+        let state = self.readable()?;
+        let saved = state.points[&self.face.key].index.range(piece.start()..piece.end());
+        let (unit, size) = (self.cbw.unit(), self.size());
+        let range = |start: u64| unit.range(unit.index(start)..unit.index(start) + 1, size);
+        Ok(saved.map(|(start, block)| (range(*start), block.clone())).collect())
     }
 
     /// Lets `carry` bring what the disk holds of `range`, which consists of whole wanted clusters, to where the caller wants it;

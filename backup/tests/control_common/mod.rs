@@ -36,6 +36,15 @@ pub struct FileSource {
     pub hung: Mutex<()>,
     /// How many reads are under way.
     pub reads: AtomicUsize,
+    /// A place that cannot be read, and how many times more.
+    fails: Mutex<(u64, u32)>,
+}
+
+impl FileSource {
+    /// So many reads of that byte fail.
+    pub fn fail_at(&self, offset: u64, times: u32) {
+        *self.fails.lock().unwrap() = (offset, times);
+    }
 }
 
 impl Source for FileSource {
@@ -49,6 +58,12 @@ impl Source for FileSource {
         if self.broken.load(Ordering::SeqCst) {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
+        let mut fails = self.fails.lock().unwrap();
+        if fails.1 > 0 && (offset..offset + buf.len() as u64).contains(&fails.0) {
+            fails.1 -= 1;
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        drop(fails);
         self.reads.fetch_add(1, Ordering::SeqCst);
         drop(self.hung.lock().unwrap());
         let result = self.file.read_exact_at(buf, offset);
@@ -84,7 +99,7 @@ impl Disk {
         let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
         file.set_len(size).unwrap();
         let (broken, hung, reads) = (AtomicBool::new(false), Mutex::new(()), AtomicUsize::new(0));
-        let source = Arc::new(FileSource { file, size, broken, hung, reads });
+        let source = Arc::new(FileSource { file, size, broken, hung, reads, fails: Mutex::default() });
         let tracker = Tracker::new(size, 1, 4);
         let lane = Mutex::new(tracker.lane(0).unwrap());
         let scratch = ScratchSettings { directory: dir.to_owned(), cap: scratch, memory: 1 << 20 };

@@ -206,7 +206,7 @@ fn what_was_read_does_not_wait_for_a_block_that_cannot_be() {
             Action::Retry
         })
         .unwrap();
-    assert_eq!(told.into_inner(), 3, "whoever tries again tells of it");
+    assert_eq!(told.into_inner(), 4, "each error is told");
     scene.is_whole();
 }
 
