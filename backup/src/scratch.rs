@@ -89,17 +89,20 @@ struct Tiers {
 
 /// The names of both files, which go with this.
 struct Names {
-    haven: Haven,
+    haven: Box<Haven>,
     id: Uuid,
+}
+
+impl Names {
+    fn new(haven: &Haven, id: Uuid) -> Self {
+        haven.take_in(id);
+        Self { haven: Box::new(haven.clone()), id }
+    }
 }
 
 impl Drop for Names {
     fn drop(&mut self) {
-        for kind in [Kind::Memory, Kind::File] {
-            if let Err(error) = self.haven.remove(self.id, kind) {
-                tracing::warn!(scratch = %self.id, %error, "could not take scratch away; the next start does it");
-            }
-        }
+        self.haven.let_go(self.id);
     }
 }
 
@@ -147,7 +150,7 @@ impl ScratchFiles {
 
     fn create_in(haven: &Haven) -> io::Result<Self> {
         // Its drop takes away what was made, also if the second one cannot be.
-        let names = Names { haven: haven.clone(), id: Uuid::new_v4() };
+        let names = Names::new(haven, Uuid::new_v4());
         let (memory, file) = (haven.create(names.id, Kind::Memory)?, haven.create(names.id, Kind::File)?);
         Ok(Self { memory, file, names: Some(names) })
     }
@@ -155,7 +158,7 @@ impl ScratchFiles {
     /// Those that a killed process left. If that fails they stay.
     pub(crate) fn reopen(haven: &Haven, id: Uuid) -> io::Result<Self> {
         let (memory, file) = (haven.open(id, Kind::Memory)?, haven.open(id, Kind::File)?);
-        Ok(Self { memory, file, names: Some(Names { haven: haven.clone(), id }) })
+        Ok(Self { memory, file, names: Some(Names::new(haven, id)) })
     }
 }
 
@@ -176,7 +179,7 @@ impl Scratch {
 
     /// By what name it outlives the process, if it does.
     pub(crate) fn name(&self) -> Option<(&Haven, Uuid)> {
-        self.tiers.names.as_ref().map(|names| (&names.haven, names.id))
+        self.tiers.names.as_ref().map(|names| (&*names.haven, names.id))
     }
 
     /// Takes in the blocks that a killed process left, each with the bytes that are in it: to be called before anything is kept.
@@ -329,3 +332,6 @@ fn nameless(directory: &Path) -> io::Result<File> {
         Err(error) => Err(error.into()),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -15,6 +15,9 @@ use std::sync::{Arc, Mutex, mpsc};
 
 /// Not whole units: the last one is cut.
 const SIZE: u64 = (2 << 20) + 4096;
+/// Long enough for any machine; it only ends a test that hangs.
+const GIVE_UP: std::time::Duration = std::time::Duration::from_secs(60);
+
 const UNIT: u64 = 65536;
 const BLOCK: u64 = 4096;
 
@@ -376,5 +379,10 @@ fn a_point_that_broke_gives_errors_and_nothing_of_today() {
     let mut large = vec![0; 10 * UNIT as usize];
     assert!(source.read_at(&mut large, 512).is_err());
     assert_eq!(point.cost().scratch, 0);
-    assert_eq!(lab.node.load().memory, 0, "a broken point keeps nothing");
+    // A saver gives it back, when the guest has gone on.
+    let began = std::time::Instant::now();
+    while lab.node.load().memory != 0 {
+        assert!(began.elapsed() < GIVE_UP, "a broken point keeps nothing");
+        std::thread::yield_now();
+    }
 }

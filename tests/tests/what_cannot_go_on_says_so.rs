@@ -344,9 +344,9 @@ fn ended(
     let fill = json!({"job-id": "fill", "node": "drive0", "name": "b", "pattern": "all"});
     qmp.run("block-dirty-bitmap-populate", fill)?;
     qmp.job_completed("fill")?;
-    ensure!(story.all_left()?.is_empty(), "{:?}", story.all_left()?);
     drop(qmp);
     daemon.stop()?;
+    ensure!(story.all_left()?.is_empty(), "{:?}", story.all_left()?);
     Ok(())
 }
 

@@ -37,6 +37,7 @@ mod transaction;
 use crate::job::{JobError, Jobs};
 use crate::node::Node;
 use crate::qmp::{Arguments, Commands, Event, Events, QmpError};
+use crate::resume::Haven;
 use crate::target::{Policy, TargetError};
 use blkmark_bitmap::BitmapError;
 use commands::COMMANDS;
@@ -108,7 +109,7 @@ impl Control {
         let havens: Vec<_> = self.disks.iter().filter_map(|disk| disk.haven().cloned()).collect();
         let (done, over) = mpsc::channel();
         let clean = move || {
-            havens.iter().for_each(|haven| haven.clean_up(&[]));
+            havens.iter().for_each(Haven::let_all_go);
             // Nobody may be waiting any more.
             let _ = done.send(());
         };

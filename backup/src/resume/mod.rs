@@ -26,12 +26,13 @@ use crate::job;
 use crate::source::FileId;
 use blkmark_bitmap::store::is_memory;
 use rustix::fs::{Mode, OFlags};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 
 /// No note is longer.
@@ -49,6 +50,8 @@ pub struct Haven {
     /// The disk.
     disk: FileId,
     boot: Uuid,
+    /// The scratches of this process whose files have names.
+    scratches: Arc<Mutex<BTreeSet<Uuid>>>,
 }
 
 /// One of the files.
@@ -108,7 +111,7 @@ impl Haven {
         let mut reversed = bytes.to_vec();
         reversed.reverse();
         let key = format!("{:08x}{:08x}", crc32fast::hash(bytes), crc32fast::hash(&reversed));
-        Some(Self { memory, directory: directory.to_owned(), key, disk, boot })
+        Some(Self { memory, directory: directory.to_owned(), key, disk, boot, scratches: Arc::default() })
     }
 
     /// The disk.
@@ -271,6 +274,31 @@ impl Haven {
             Ok((note, loaded))
         };
         Found { id, state: load(), notice }
+    }
+
+    fn scratches(&self) -> MutexGuard<'_, BTreeSet<Uuid>> {
+        self.scratches.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A scratch has files here from now on.
+    pub(crate) fn take_in(&self, scratch: Uuid) {
+        self.scratches().insert(scratch);
+    }
+
+    /// Takes the files of a scratch away. Whoever uses it goes on with what is open.
+    pub(crate) fn let_go(&self, scratch: Uuid) {
+        for kind in [Kind::Memory, Kind::File] {
+            if let Err(error) = self.remove(scratch, kind) {
+                tracing::warn!(%scratch, %error, "could not take scratch away; the next start does it");
+            }
+        }
+        self.scratches().remove(&scratch);
+    }
+
+    /// The same for all scratches of this process. Others may serve the same disk, if it is read-only.
+    pub(crate) fn let_all_go(&self) {
+        let all = self.scratches().clone();
+        all.into_iter().for_each(|scratch| self.let_go(scratch));
     }
 
     /// Takes away what belongs to none of `kept`: points, and scratches.
