@@ -159,7 +159,9 @@ fn points_of_two_disks_and_their_bitmaps_are_one_instant() -> Result<()> {
 fn jobs_copy_points_while_others_read_them() -> Result<()> {
     let lab = Lab::new()?;
     let disk = lab.filled_disk("drive0", SIZE)?;
-    let daemon = Daemon::blkmark(&lab, std::slice::from_ref(&disk))?;
+    // The guest may get over all of the disk meanwhile, and two points need more than one disk of scratch then.
+    let option = format!("id=drive0,path={},socket={},scratch-size=64M", disk.path.display(), disk.socket.display());
+    let daemon = Daemon::start_with(Kind::Blkmark, &lab, &[], "c.sock", &["--disk", &option])?;
     let mut qmp = daemon.qmp()?;
     let socket = serve(&mut qmp, &lab)?;
     let mut guest = attach(&disk)?;

@@ -67,11 +67,12 @@ impl Story {
         anyhow::bail!("no note of {noted} among {:?}", self.all_left()?)
     }
 
-    /// Waits until each job has brought something to its target.
+    /// Waits until each job has brought something to its target and noted it, which it does with what comes a tenth of a second
+    /// later.
     fn brought_something(&self, qmp: &mut Qmp) -> Result<()> {
         loop {
             let jobs = qmp.run("query-block-jobs", json!({}))?;
-            if jobs.as_array().into_iter().flatten().all(|job| job["offset"].as_u64() > Some(0)) {
+            if jobs.as_array().into_iter().flatten().all(|job| job["offset"].as_u64() > Some(UNIT)) {
                 return Ok(());
             }
             std::thread::yield_now();

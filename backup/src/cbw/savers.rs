@@ -1,7 +1,7 @@
 //! The threads of a disk's copy-before-write: savers, and the watch over the writes that they let wait.
 //!
 //! There are a few savers to begin with, which is enough where a save is a copy in memory. Where it is slow, because a disk is, a
-//! write would wait for those before it and not only for its own save; so a saver that leaves others in the queue has one more
+//! write would wait for those before it and not only for its own save; so the last idle saver that takes a write has one more
 //! employed first. All end with the last point in time of the disk.
 
 use super::{CopyBeforeWrite, State};
@@ -30,9 +30,11 @@ pub(super) struct Crew {
 }
 
 impl State {
-    /// Whether held writes wait for a saver although another one could serve them. If so, it counts as employed from here on.
+    /// Whether it takes one more saver so that all held writes have one, and the next write too: once all are at a disk that
+    /// stands still, nobody is there to employ any. If so, it counts as employed from here on. Asked by a saver that has not taken
+    /// its write yet.
     fn takes_one_more(&mut self) -> bool {
-        let wait = self.queue.len() > self.crew.idle + 1 && self.crew.last_save > SLOW;
+        let wait = self.crew.idle < self.queue.len() && self.crew.last_save > SLOW;
         let more = wait && self.crew.employed < MOST && !self.closed;
         self.crew.employed += usize::from(more);
         more
