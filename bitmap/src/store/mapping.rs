@@ -54,7 +54,7 @@ impl Mapping {
         // SAFETY: a new mapping at an address of the kernel's choice takes no memory away from anybody.
         let room = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), len + HUGE, none.0, none.1)? };
         let before = room.addr().next_multiple_of(HUGE) - room.addr();
-        let end = (before + len).next_multiple_of(rustix::param::page_size());
+        let end = (before + len).next_multiple_of(page());
         // SAFETY: `before` is less than `HUGE`, so `len` bytes from there on are within the room, and so is `end`, at most.
         let (start, rest) = unsafe { (room.byte_add(before), room.byte_add(end)) };
         let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::FIXED);
@@ -103,6 +103,12 @@ impl Mapping {
         // SAFETY: `words` checks bounds and alignment; all bit patterns are values; it lives as long as `self`.
         unsafe { &*self.words(at, 1) }
     }
+}
+
+/// Bytes of a page. Asked of the C library: rustix reads it from where a program under valgrind finds something else.
+fn page() -> usize {
+    // SAFETY: asks for a number, which every Linux has.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
 }
 
 /// Gives back a part of a mapping, which may be empty.
