@@ -257,11 +257,7 @@ fn a_group_goes_on_as_a_group() -> Result<()> {
         scene.load()?;
         scene.kill()?;
         // One waits for the other.
-        scene.qmp()?.run("block-job-set-speed", json!({"device": "job0", "speed": 0}))?;
-        while scene.job("job0")?["status"] == "running" {
-            scene.load()?;
-        }
-        ensure!(scene.job("job0")?["status"] == "waiting", "{}", scene.job("job0")?);
+        scene.wait_for_its_group("job0")?;
         scene.kill()?;
         scene.complete("job1", &["job0", "job1"])?;
         scene.check(0, &images[0], &moment)?;

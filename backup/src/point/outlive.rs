@@ -166,8 +166,8 @@ impl Point {
     }
 
     /// The target holds these ranges, which consist of whole clusters, and a killed process would take nothing of them away: what
-    /// the point keeps of them goes, and the guest may write there without any more ado. Nothing goes of a point that is kept; a view of one notes it for whoever comes
-    /// after a kill.
+    /// the point keeps of them goes, and the guest may write there without any more ado. Nothing goes of a point that is kept; a
+    /// view of one notes it for whoever comes after a kill.
     pub fn release(&self, ranges: &[ByteRange]) {
         let Some(ledger) = self.ledger.as_ref().filter(|_| self.is_released()) else { return };
         for range in ranges {

@@ -209,11 +209,7 @@ fn a_group_of_a_copy_of_a_point_and_a_backup_goes_on_as_a_group() -> Result<()> 
         scene.load()?;
         scene.kill()?;
         // One waits for the other, and still does after another kill.
-        scene.qmp()?.run("block-job-set-speed", json!({"device": "copy", "speed": 0}))?;
-        while scene.job("copy")?["status"] == "running" {
-            scene.load()?;
-        }
-        ensure!(scene.job("copy")?["status"] == "waiting", "{}", scene.job("copy")?);
+        scene.wait_for_its_group("copy")?;
         scene.kill()?;
         scene.complete("backup", &["copy", "backup"])?;
         scene.check(0, &images[0], &point)?;

@@ -122,6 +122,16 @@ impl Scene<'_> {
         found.with_context(|| format!("no job {id} in {jobs}"))
     }
 
+    /// Lets a job of a group go as fast as it can, until it waits for the others.
+    pub(crate) fn wait_for_its_group(&mut self, job: &str) -> Result<()> {
+        self.qmp()?.run("block-job-set-speed", json!({"device": job, "speed": 0}))?;
+        while self.job(job)?["status"] == "running" {
+            self.load()?;
+        }
+        ensure!(self.job(job)?["status"] == "waiting", "{}", self.job(job)?);
+        Ok(())
+    }
+
     /// Lets a job run as fast as it can, and waits for the success of all.
     pub(crate) fn complete(&self, slow: &str, ids: &[&str]) -> Result<()> {
         let mut qmp = self.qmp()?;
