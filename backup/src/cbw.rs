@@ -1,7 +1,8 @@
 //! Copy-before-write of one disk: keeps old data in scratch before a guest's write changes it.
 //!
-//! Gates hand held writes in; savers (`savers`) take them in order, keep the old data of each unit they touch, and let them go.
-//! A unit is read once, however many points in time want it and however many writes wait for it.
+//! Gates hand held writes in; savers (`savers`) take them in order, keep the old data of each unit they touch (`save`), and let
+//! them go. Where that is a copy in memory, the thread that hands a write in does it at once. A unit is read once, however many
+//! points in time want it and however many writes wait for it.
 //!
 //! The order is I3's: pre-cut writes over, data in scratch, index, then settled, then the write. What a saver has read
 //! counts for a point only if that point was in force with the unit open both before and after: then its gate has kept
@@ -10,11 +11,12 @@
 //! The guest waits for one local read and one local write at most. If that fails or takes too long, the point's policy
 //! decides: it breaks, noted before the write is let go, or the guest's write fails.
 
+mod save;
 mod savers;
 
-use crate::buffer::is_zero;
+use crate::buffer::AlignedBuffer;
 use crate::point::Face;
-use crate::resume::{Haven, Ledger, Phase, Place};
+use crate::resume::{Haven, Ledger, Phase};
 use crate::scratch::{Block, Scratch, ScratchError};
 use crate::source::Source;
 use blkmark_bitmap::sync::{Condvar, Mutex, MutexGuard, Ordering, lock};
@@ -68,8 +70,10 @@ pub(crate) struct State {
     held: BTreeMap<u64, Held>,
     /// Held writes that no saver has taken yet, oldest first. Some may be gone from `held` meanwhile.
     queue: VecDeque<u64>,
-    /// Units that savers are reading at this moment.
+    /// Units that are being read and kept at this moment.
     saving: Vec<ByteRange>,
+    /// Room for a unit, for who saves at once.
+    spare: Option<AlignedBuffer>,
     /// What was kept for points that broke, to be given back by whoever may wait for scratch.
     spent: Vec<BTreeMap<u64, Saved>>,
     next: u64,
@@ -283,8 +287,11 @@ impl CopyBeforeWrite {
         let_go(gone, Verdict::Again);
     }
 
-    /// Takes in a held write.
+    /// Takes in a held write, or saves what it needs saved at once. `resume` may be called from here.
     pub(crate) fn hold(&self, point: u64, range: ByteRange, resume: Resume) {
+        if self.save_at_once(point, range) {
+            return resume(Verdict::Again);
+        }
         let mut state = self.state();
         if state.points.get(&point).is_some_and(|kept| kept.ended || kept.broken.is_some()) {
             drop(state);
@@ -306,98 +313,6 @@ impl CopyBeforeWrite {
         if unseen {
             self.overdue.notify_all();
         }
-    }
-
-    /// Makes the oldest held write admissible and lets it go. `buffer` has room for a unit. Answers whether there was
-    /// one to be taken. Called by the savers; by nobody else but models.
-    pub fn save_one(&self, buffer: &mut [u8]) -> bool {
-        let (id, point, range) = {
-            let mut state = self.state();
-            if !state.has_work() {
-                return false;
-            }
-            let Some(id) = state.queue.pop_front() else { return false };
-            let Some(held) = state.held.get(&id) else { return true };
-            (id, held.point, held.range)
-        };
-        let size = self.size;
-        for index in self.unit.cover(range) {
-            let unit = self.unit.range(index..index + 1, size);
-            if let Err(error) = self.save(point, unit, buffer) {
-                self.fail(point, Some(id), error);
-                return true;
-            }
-        }
-        let mut state = self.state();
-        let held = state.held.remove(&id);
-        if let Some(held) = &held {
-            state.longest_hold = state.longest_hold.max(held.since.elapsed());
-        }
-        drop(state);
-        let_go(held.into_iter().collect(), Verdict::Again);
-        true
-    }
-
-    fn save(&self, point: u64, unit: ByteRange, buffer: &mut [u8]) -> Result<(), ScratchError> {
-        let before: Vec<(u64, Arc<PreCut>)> = {
-            let mut state = self.state();
-            loop {
-                let open: Vec<_> = state.in_force(unit).map(|(key, kept)| (key, Arc::clone(&kept.pre_cut))).collect();
-                if !open.iter().any(|(key, _)| *key == point) {
-                    return Ok(());
-                }
-                if !state.is_saving(unit) {
-                    state.saving.push(unit);
-                    break open;
-                }
-                // Another saver is at it: its work serves this write too.
-                state = self.saved.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner());
-            }
-        };
-        let data = &mut buffer[..unit.len() as usize];
-        let began = Instant::now();
-        let result = self.read_and_keep(unit, &before, data);
-        let mut state = self.state();
-        state.crew.last_save = began.elapsed();
-        state.longest_save = state.longest_save.max(state.crew.last_save);
-        state.saving.retain(|other| *other != unit);
-        let outcome = result.and_then(|saved| {
-            let after: Vec<u64> = state.in_force(unit).map(|(key, _)| key).collect();
-            let place = saved.as_ref().map_or(Place::Zero, |block| block.place());
-            let mut first = Ok(());
-            for (key, _) in before.iter().filter(|(key, _)| after.contains(key)) {
-                if let Some(kept) = state.points.get_mut(key) {
-                    // Before the unit is settled, and so before a write to it goes: whoever comes after a kill must not take
-                    // what the disk holds then.
-                    if let Some(ledger) = &kept.ledger
-                        && let Err(error) = ledger.saved(unit, place)
-                    {
-                        first = Err(ScratchError::Ledger(error));
-                        continue;
-                    }
-                    kept.index.insert(unit.start(), saved.clone());
-                    kept.blocks += u64::from(saved.is_some());
-                    kept.face.settle(unit);
-                }
-            }
-            first
-        });
-        drop(state);
-        self.saved.notify_all();
-        outcome
-    }
-
-    fn read_and_keep(
-        &self,
-        unit: ByteRange,
-        points: &[(u64, Arc<PreCut>)],
-        data: &mut [u8],
-    ) -> Result<Saved, ScratchError> {
-        for (_, pre_cut) in points {
-            pre_cut.wait(unit);
-        }
-        self.source.read_at(data, unit.start())?;
-        if is_zero(data) { Ok(None) } else { Ok(Some(Arc::new(self.scratch.keep(data)?))) }
     }
 
     /// Old data could not be kept for `point`: what its policy says happens to it, or to the held write `id`.

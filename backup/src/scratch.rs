@@ -223,22 +223,26 @@ impl Scratch {
 
     /// Keeps `data`, at most one block.
     pub fn keep(&self, data: &[u8]) -> Result<Block, ScratchError> {
-        let tiers = &self.tiers;
-        debug_assert!(data.len() as u64 <= tiers.block);
-        let (memory, file) = self.used();
-        if memory + file + tiers.block > tiers.cap {
-            return Err(ScratchError::Cap { cap: tiers.cap });
-        }
         // A tmpfs that others use may be full before its share is.
-        match self.keep_in(true, data) {
+        match self.keep_in_memory(data) {
             Err(ScratchError::Cap { .. } | ScratchError::Floor) => self.keep_in(false, data),
             Err(ScratchError::Io(error)) if error.kind() == io::ErrorKind::StorageFull => self.keep_in(false, data),
             kept => kept,
         }
     }
 
+    /// The same in memory or not at all.
+    pub(crate) fn keep_in_memory(&self, data: &[u8]) -> Result<Block, ScratchError> {
+        self.keep_in(true, data)
+    }
+
     fn keep_in(&self, in_memory: bool, data: &[u8]) -> Result<Block, ScratchError> {
         let tiers = &self.tiers;
+        debug_assert!(data.len() as u64 <= tiers.block);
+        let (memory, file) = self.used();
+        if memory + file + tiers.block > tiers.cap {
+            return Err(ScratchError::Cap { cap: tiers.cap });
+        }
         let offset = if in_memory { &tiers.memory } else { &tiers.file }.allocate(tiers.block)?;
         // From here on the block's drop gives the space back.
         let block = Block {

@@ -57,6 +57,11 @@ pub trait Source: Send + Sync {
         Ok(())
     }
 
+    /// Whether its bytes lie in memory, so that to read them is to copy them and waits for nobody.
+    fn is_memory(&self) -> bool {
+        false
+    }
+
     /// The file or device behind it, where there is one.
     fn file_id(&self) -> Option<FileId>;
 

@@ -143,6 +143,65 @@ fn on_a_slow_disk_a_held_write_waits_for_its_own_save_and_not_for_those_before_i
     end(disk, &point);
 }
 
+#[test]
+fn where_disk_and_scratch_are_memory_a_held_write_waits_for_nobody() {
+    let lab = Lab::with_scratch(&[4 * MIB], 3 * MIB);
+    let disk = &lab.disks[0];
+    disk.write(0, 4 * MIB, 1);
+    disk.source.memory.store(true, Ordering::SeqCst);
+    let point = begin(disk, 60);
+    // Scratch has a MiB of memory.
+    for n in 0..16 {
+        assert_eq!(hold(&point, n * CLUSTER).try_recv(), Ok(Verdict::Again), "cluster {n} had to wait for somebody");
+    }
+    // The rest of it is a file, which may let one wait.
+    for n in 16..40 {
+        assert_eq!(hold(&point, n * CLUSTER).recv_timeout(GIVE_UP), Ok(Verdict::Again));
+    }
+    let load = disk.node.load();
+    assert_eq!((load.memory, load.file, load.held), (MIB, 24 * CLUSTER, 0));
+    assert!(load.longest_hold >= load.longest_save && load.longest_save > Duration::ZERO, "{load:?}");
+    disk.write(0, 40 * CLUSTER, 2);
+    let mut image = vec![0; 4 << 20];
+    point.take(ByteRange::new(0, 4 * MIB), &mut image).unwrap();
+    assert_same(&image, &[1; 4 << 20]);
+    end(disk, &point);
+}
+
+#[test]
+fn the_thread_of_a_held_write_is_not_kept_by_a_large_one_or_by_one_before_the_instant() {
+    let lab = Lab::with_scratch(&[4 * MIB], 8 * MIB);
+    let disk = &lab.disks[0];
+    disk.write(0, 4 * MIB, 1);
+    disk.source.memory.store(true, Ordering::SeqCst);
+    let (under_way, begun) = mpsc::channel();
+    let (land, may_land) = mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        let slow = move || {
+            disk.write_slowly(0, &[2; CLUSTER as usize], || {
+                under_way.send(()).unwrap();
+                may_land.recv_timeout(GIVE_UP).unwrap();
+            });
+        };
+        scope.spawn(slow);
+        begun.recv_timeout(GIVE_UP).unwrap();
+        let point = begin(disk, 60);
+        let behind = hold(&point, 0);
+        assert_eq!(behind.try_recv(), Err(mpsc::TryRecvError::Empty), "the write before the instant has not landed");
+        let hung = disk.source.hung.lock().unwrap();
+        // If this thread read the disk for it, it would wait for itself.
+        let large = hold_range(&point, ByteRange::new(MIB, MIB));
+        drop(hung);
+        assert_eq!(large.recv_timeout(GIVE_UP), Ok(Verdict::Again));
+        land.send(()).unwrap();
+        assert_eq!(behind.recv_timeout(GIVE_UP), Ok(Verdict::Again));
+        let mut image = vec![0; CLUSTER as usize];
+        point.take(ByteRange::new(0, CLUSTER), &mut image).unwrap();
+        assert_same(&image, &[2; CLUSTER as usize]);
+        end(disk, &point);
+    });
+}
+
 /// A point in time of all of the disk.
 fn begin(disk: &Disk, seconds: u64) -> Arc<Point> {
     let options = PointOptions { timeout: Some(Duration::from_secs(seconds)), ..PointOptions::default() };
@@ -162,19 +221,26 @@ fn end(disk: &Disk, point: &Arc<Point>) {
 
 /// A write that the point's gate holds, and where it says that it may go.
 fn hold(point: &Arc<Point>, at: u64) -> mpsc::Receiver<Verdict> {
+    hold_range(point, ByteRange::new(at, CLUSTER))
+}
+
+fn hold_range(point: &Arc<Point>, range: ByteRange) -> mpsc::Receiver<Verdict> {
     let (tx, rx) = mpsc::channel();
-    point.gate().hold(ByteRange::new(at, CLUSTER), Box::new(move |verdict| tx.send(verdict).unwrap()));
+    point.gate().hold(range, Box::new(move |verdict| tx.send(verdict).unwrap()));
     rx
 }
 
 #[test]
 fn an_unreadable_disk_breaks_the_backup_and_not_the_guest() {
-    let lab = lab();
-    start_paused(&lab, json!({}));
-    lab.disks[0].source.broken.store(true, std::sync::atomic::Ordering::SeqCst);
-    lab.disks[0].write(63 * CLUSTER, CLUSTER, 2);
-    let error = finish(&lab);
-    assert_eq!(error, "the point in time is broken: scratch: Input/output error (os error 5)");
+    for memory in [false, true] {
+        let lab = lab();
+        lab.disks[0].source.memory.store(memory, Ordering::SeqCst);
+        start_paused(&lab, json!({}));
+        lab.disks[0].source.broken.store(true, Ordering::SeqCst);
+        lab.disks[0].write(63 * CLUSTER, CLUSTER, 2);
+        let error = finish(&lab);
+        assert_eq!(error, "the point in time is broken: scratch: Input/output error (os error 5)");
+    }
 }
 
 #[test]

@@ -28,6 +28,8 @@ const STEPS: [u8; 3] = [5, 0, 7];
 /// Each sector is two halves, which land and are read one after the other.
 struct Disk {
     halves: [[AtomicU64; 2]; SECTORS],
+    /// Whether the guest's thread may save at once.
+    memory: bool,
 }
 
 impl Disk {
@@ -57,6 +59,9 @@ impl Source for Disk {
         let hole = self.halves[first..first + 2].iter().flatten().all(|half| half.load(Ordering::SeqCst) == 0);
         Ok((if hole { BlockStatus::Hole } else { BlockStatus::Data }, limit.min(CLUSTER)))
     }
+    fn is_memory(&self) -> bool {
+        self.memory
+    }
     fn file_id(&self) -> Option<FileId> {
         None
     }
@@ -73,9 +78,9 @@ struct Scene {
 }
 
 impl Scene {
-    fn new(scratch: u64) -> Arc<Self> {
+    fn new(scratch: u64, memory: bool) -> Arc<Self> {
         let full = || AtomicU64::new(u64::from(STEPS[0]));
-        let disk = Arc::new(Disk { halves: std::array::from_fn(|_| [full(), full()]) });
+        let disk = Arc::new(Disk { halves: std::array::from_fn(|_| [full(), full()]), memory });
         let scratch = ScratchSettings { directory: std::env::temp_dir(), cap: scratch, memory: 1 << 20 };
         let tracker = Tracker::new(SIZE, 2, 1);
         let source = Arc::clone(&disk) as Arc<dyn Source>;
@@ -235,24 +240,27 @@ fn clients(scene: &Arc<Scene>) -> Vec<thread::JoinHandle<()>> {
     vec![client(0), client(1)]
 }
 
+/// On a disk that savers alone read, and on one that is memory.
+fn on_both(model: impl Fn(bool) + Send + Sync + Copy + 'static) {
+    for memory in [false, true] {
+        shuttle::check_pct(move || model(memory), ROUNDS, 4);
+    }
+}
+
 fn check(scratch: u64, read: fn(&Point, &mut [u8]) -> Result<(), PointError>, may_break: bool) {
-    shuttle::check_pct(
-        move || {
-            let scene = Scene::new(scratch);
-            let clients = clients(&scene);
-            let cut = Cut::make(&scene, false);
-            let (savers, done) = savers(&cut.point, 2);
-            let image = cut.image(read);
-            assert!(image.is_some() || may_break, "scratch had room");
-            cut.end(&scene);
-            clients.into_iter().for_each(|client| client.join().unwrap());
-            assert_eq!(now(&scene.acked), [2; SECTORS], "a write was lost or is still held");
-            done.store(true, Ordering::SeqCst);
-            savers.into_iter().for_each(|saver| saver.join().unwrap());
-        },
-        ROUNDS,
-        4,
-    );
+    on_both(move |memory| {
+        let scene = Scene::new(scratch, memory);
+        let clients = clients(&scene);
+        let cut = Cut::make(&scene, false);
+        let (savers, done) = savers(&cut.point, 2);
+        let image = cut.image(read);
+        assert!(image.is_some() || may_break, "scratch had room");
+        cut.end(&scene);
+        clients.into_iter().for_each(|client| client.join().unwrap());
+        assert_eq!(now(&scene.acked), [2; SECTORS], "a write was lost or is still held");
+        done.store(true, Ordering::SeqCst);
+        savers.into_iter().for_each(|saver| saver.join().unwrap());
+    });
 }
 
 #[test]
@@ -287,44 +295,36 @@ fn a_point_whose_scratch_is_full_says_so_and_the_guest_goes_on() {
 
 #[test]
 fn a_kept_point_gives_the_same_image_again() {
-    shuttle::check_pct(
-        || {
-            let scene = Scene::new(1 << 20);
-            let clients = clients(&scene);
-            let cut = Cut::make(&scene, true);
-            let (savers, done) = savers(&cut.point, 2);
-            let first = cut.image(take_holes_first).unwrap();
-            assert_eq!(cut.image(carry_each).unwrap(), first, "the point changed");
-            clients.into_iter().for_each(|client| client.join().unwrap());
-            assert_eq!(cut.image(take_all).unwrap(), first, "the point changed");
-            cut.end(&scene);
-            done.store(true, Ordering::SeqCst);
-            savers.into_iter().for_each(|saver| saver.join().unwrap());
-        },
-        ROUNDS,
-        4,
-    );
+    on_both(|memory| {
+        let scene = Scene::new(1 << 20, memory);
+        let clients = clients(&scene);
+        let cut = Cut::make(&scene, true);
+        let (savers, done) = savers(&cut.point, 2);
+        let first = cut.image(take_holes_first).unwrap();
+        assert_eq!(cut.image(carry_each).unwrap(), first, "the point changed");
+        clients.into_iter().for_each(|client| client.join().unwrap());
+        assert_eq!(cut.image(take_all).unwrap(), first, "the point changed");
+        cut.end(&scene);
+        done.store(true, Ordering::SeqCst);
+        savers.into_iter().for_each(|saver| saver.join().unwrap());
+    });
 }
 
 #[test]
 fn two_points_share_what_is_saved_and_keep_apart_what_differs() {
-    shuttle::check_pct(
-        || {
-            let scene = Scene::new(1 << 20);
-            let clients = clients(&scene);
-            let older = Cut::make(&scene, true);
-            let (savers, done) = savers(&older.point, 2);
-            let newer = Cut::make(&scene, false);
-            let (a, b) = (newer.image(take_each).unwrap(), older.image(take_each).unwrap());
-            assert!(a.iter().zip(&b).all(|(newer, older)| newer >= older), "the newer point is older: {a:?} {b:?}");
-            newer.end(&scene);
-            assert_eq!(older.image(take_all).unwrap(), b, "the older point changed");
-            older.end(&scene);
-            clients.into_iter().for_each(|client| client.join().unwrap());
-            done.store(true, Ordering::SeqCst);
-            savers.into_iter().for_each(|saver| saver.join().unwrap());
-        },
-        ROUNDS,
-        4,
-    );
+    on_both(|memory| {
+        let scene = Scene::new(1 << 20, memory);
+        let clients = clients(&scene);
+        let older = Cut::make(&scene, true);
+        let (savers, done) = savers(&older.point, 2);
+        let newer = Cut::make(&scene, false);
+        let (a, b) = (newer.image(take_each).unwrap(), older.image(take_each).unwrap());
+        assert!(a.iter().zip(&b).all(|(newer, older)| newer >= older), "the newer point is older: {a:?} {b:?}");
+        newer.end(&scene);
+        assert_eq!(older.image(take_all).unwrap(), b, "the older point changed");
+        older.end(&scene);
+        clients.into_iter().for_each(|client| client.join().unwrap());
+        done.store(true, Ordering::SeqCst);
+        savers.into_iter().for_each(|saver| saver.join().unwrap());
+    });
 }

@@ -363,6 +363,10 @@ impl Source for DiskFile {
         Ok(())
     }
 
+    fn is_memory(&self) -> bool {
+        self.medium != Medium::Device
+    }
+
     fn file_id(&self) -> Option<FileId> {
         Some(self.id)
     }

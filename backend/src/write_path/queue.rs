@@ -4,7 +4,8 @@
 //!
 //! A round: take what has completed, what other threads said, what the guest made available (`take`); admit all changes of
 //! the round in one critical section; begin the operations; show what is finished to the guest at once, with one signal
-//! (`answer`); then one system call submits everything and waits, unless a short look around (`spin`) finds something to do.
+//! (`answer`); hand held changes to their gates; then one system call submits everything and waits, unless a short look around
+//! (`spin`) finds something to do.
 //!
 //! Invariants. Every chain that is taken is answered exactly once. A change is submitted only after the tracker admitted
 //! it, and its in-flight slot is cleared only at its final result (I1). Nothing the guest puts into the ring makes this
@@ -23,11 +24,13 @@ use crate::session::{Hangup, InflightQueue, RingParts};
 use crate::vring::SplitRing;
 use blkmark_bitmap::tracker::Admitted;
 use blkmark_bitmap::{ByteRange, Gate, Lane, Verdict};
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use vm_memory::GuestAddressSpace;
 
@@ -46,6 +49,9 @@ const SHOW_AT_MOST: usize = 64;
 
 /// Fewer are not shown before the end of a round: a signal costs as much as some copies.
 const SHOW_AT_LEAST: usize = 16;
+
+/// For so long held writes are handed to their gates before answers are looked after again: a gate may do at once what it needs.
+const HAND_OVER_FOR: Duration = Duration::from_micros(200);
 
 /// What a queue thread owns.
 pub(super) struct QueueThread {
@@ -74,6 +80,8 @@ pub(super) struct QueueThread {
     broken: bool,
     /// Changes that ask for admission in this round.
     changes: Vec<usize>,
+    /// Changes that a gate holds, and that it has not been told of yet.
+    held: VecDeque<(usize, ByteRange, Arc<dyn Gate>)>,
     /// Requests whose operation is to be queued in this round.
     ready: Vec<usize>,
     /// Heads whose answers stand in the used ring and are not shown yet.
@@ -120,6 +128,7 @@ impl QueueThread {
             stopping: false,
             broken: false,
             changes: Vec::with_capacity(places),
+            held: VecDeque::new(),
             ready: Vec::with_capacity(places),
             unshown: Vec::with_capacity(SHOW_AT_MOST),
             shown: false,
@@ -163,6 +172,7 @@ impl QueueThread {
             self.admit();
             self.begin_operations()?;
             self.show();
+            self.hand_over();
             let left_over = !self.resubmit.is_empty() && !self.broken;
             if self.stopping && self.table.in_flight() == 0 && !left_over {
                 return Ok(());
@@ -174,6 +184,9 @@ impl QueueThread {
 
     /// Hands over what was queued, and returns when there may be something to do.
     fn rest(&mut self) -> io::Result<()> {
+        if !self.held.is_empty() || self.inbox.is_waiting() {
+            return self.engine.flush();
+        }
         // What stays in the ring for want of a place is looked at again at the next completion.
         let takes = self.takes_requests() && self.table.free().is_some();
         if takes && self.ring.has_more() {
@@ -217,13 +230,15 @@ impl QueueThread {
 
     /// Memory that is gone reads as zeroes by now: nothing may be made of it.
     fn look_after_memory(&mut self) {
-        if self.broken || !self.memory_lost.load(Ordering::Relaxed) {
+        if !self.memory_lost.load(Ordering::Relaxed) {
             return;
         }
-        self.broken = true;
-        self.hangup.hang_up(&format_args!("'{}': the front end cut its memory short", self.shared.id));
-        // What was just taken has not been submitted yet: of its data nobody knows what is left.
-        for index in self.changes.drain(..).chain(self.ready.drain(..)).collect::<Vec<_>>() {
+        if !std::mem::replace(&mut self.broken, true) {
+            self.hangup.hang_up(&format_args!("'{}': the front end cut its memory short", self.shared.id));
+        }
+        // What was just taken, or was held until now, has not been submitted yet: of its data nobody knows what is left.
+        let held = self.held.drain(..).map(|(index, ..)| index);
+        for index in self.changes.drain(..).chain(self.ready.drain(..)).chain(held).collect::<Vec<_>>() {
             self.finish(index, device::IOERR);
         }
     }
@@ -234,7 +249,6 @@ impl QueueThread {
         if self.changes.is_empty() {
             return;
         }
-        let mut held: Vec<(usize, ByteRange, Arc<dyn Gate>)> = Vec::new();
         let mut beyond: Vec<usize> = Vec::new();
         let passage = self.lane.enter();
         for &index in &self.changes {
@@ -246,7 +260,7 @@ impl QueueThread {
                     place.registered = true;
                     self.ready.push(index);
                 }
-                Admitted::Held(gate) => held.push((index, range, gate)),
+                Admitted::Held(gate) => self.held.push_back((index, range, gate)),
                 Admitted::Beyond => beyond.push(index),
             }
         }
@@ -255,9 +269,18 @@ impl QueueThread {
         for index in beyond {
             self.finish(index, device::IOERR);
         }
-        for (index, range, gate) in held {
+    }
+
+    /// Hands held writes to their gates, behind all that can be begun or answered without waiting.
+    fn hand_over(&mut self) {
+        let mut began = None;
+        while let Some((index, range, gate)) = self.held.pop_front() {
+            let began = *began.get_or_insert_with(Instant::now);
             let inbox = Arc::clone(&self.inbox);
             gate.hold(range, Box::new(move |verdict| inbox.send(Message::Decided(index, verdict))));
+            if began.elapsed() >= HAND_OVER_FOR {
+                break;
+            }
         }
     }
 

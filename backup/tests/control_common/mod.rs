@@ -32,6 +32,8 @@ pub struct FileSource {
     file: File,
     size: u64,
     pub broken: AtomicBool,
+    /// Whether it says of itself that to read it is to copy memory.
+    pub memory: AtomicBool,
     /// While it is locked, no read comes back.
     pub hung: Mutex<()>,
     /// How many reads are under way.
@@ -73,6 +75,9 @@ impl Source for FileSource {
     fn block_status(&self, _: u64, limit: u64) -> io::Result<(BlockStatus, u64)> {
         Ok((BlockStatus::Data, limit))
     }
+    fn is_memory(&self) -> bool {
+        self.memory.load(Ordering::SeqCst)
+    }
     fn file_id(&self) -> Option<FileId> {
         let metadata = self.file.metadata().ok()?;
         Some(FileId { device: metadata.dev(), inode: metadata.ino() })
@@ -99,7 +104,8 @@ impl Disk {
         let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
         file.set_len(size).unwrap();
         let (broken, hung, reads) = (AtomicBool::new(false), Mutex::new(()), AtomicUsize::new(0));
-        let source = Arc::new(FileSource { file, size, broken, hung, reads, fails: Mutex::default() });
+        let (memory, fails) = (AtomicBool::new(false), Mutex::default());
+        let source = Arc::new(FileSource { file, size, broken, memory, hung, reads, fails });
         let tracker = Tracker::new(size, 1, 4);
         let lane = Mutex::new(tracker.lane(0).unwrap());
         let scratch = ScratchSettings { directory: dir.to_owned(), cap: scratch, memory: 1 << 20 };
