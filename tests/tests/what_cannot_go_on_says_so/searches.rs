@@ -2,11 +2,12 @@
 //! holds what it held and what was written. One that was killed while its end was being stored is told as what it came to.
 
 use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use blkmark_tests::daemon::{Daemon, Kind};
-use blkmark_tests::qmp::Qmp;
+use blkmark_tests::qmp::{JobEnd, Qmp};
 use serde_json::{Value, json};
 
 use crate::{SIZE, Story, UNIT, flip};
@@ -287,4 +288,54 @@ fn a_search_whose_end_was_being_stored_before_another_daemon_served_the_disk() -
     let mut meanwhile = Daemon::start_with(Kind::Blkmark, &story.lab, disk, "meanwhile.sock", &[])?;
     meanwhile.process().kill()?;
     story.has_ended(WIDE, "its end was being stored, so look whether it succeeded")
+}
+
+/// The phase of a ledger whose job is having its success stored.
+const COMMITTING: u64 = 0x2f93_6ce0_187d_b5aa;
+const PHASE_AT: u64 = 2048;
+
+/// A bitmap that is not persistent is gone with the process, which says nothing of the commit; one that is still frozen says that
+/// there was none.
+#[test]
+fn a_group_that_was_killed_before_its_end_was_stored_has_not_succeeded() -> Result<()> {
+    let mut story = Story::new()?;
+    let mut daemon = story.start()?;
+    let mut qmp = daemon.qmp()?;
+    qmp.run("block-dirty-bitmap-add", json!({"node": "drive0", "name": "b"}))?;
+    qmp.run("block-dirty-bitmap-add", json!({"node": "drive0", "name": "c", "persistent": false}))?;
+    let data = json!({"actions": [
+        {"type": "block-dirty-bitmap-populate", "data": {"job-id": "fill", "node": "drive0", "name": "b", "pattern": "all"}},
+        {"type": "drive-backup", "data": {"job-id": "backup", "device": "drive0", "target": story.lab.path("full.raw"),
+            "format": "raw", "sync": "full", "bitmap": "c", "bitmap-mode": "on-success", "speed": UNIT}},
+    ], "properties": {"completion-mode": "grouped"}});
+    qmp.run("transaction", data)?;
+    drop(qmp);
+    daemon.process().kill()?;
+    let slip = story.left("slip")?;
+    fs::write(&slip, storing(&fs::read_to_string(&slip)?)?)?;
+    let ledger = OpenOptions::new().write(true).open(story.left("ledger")?)?;
+    ledger.write_all_at(&COMMITTING.to_le_bytes(), PHASE_AT)?;
+    let daemon = story.start()?;
+    let mut qmp = daemon.qmp()?;
+    let jobs = qmp.run("query-jobs", json!({}))?;
+    let ended =
+        jobs.as_array().into_iter().flatten().filter(|job| job["status"] == "concluded" && job["error"].is_string());
+    ensure!(ended.count() == 2, "{jobs}");
+    let bitmap = qmp.bitmap("drive0", "b")?;
+    ensure!(bitmap["count"] == 0 && bitmap["busy"] == false, "{bitmap}");
+    drop(qmp);
+    daemon.stop().map(drop)
+}
+
+#[test]
+fn a_search_that_is_cancelled_while_it_rests_leaves_nothing() -> Result<()> {
+    let mut story = Story::new()?;
+    let (daemon, mut qmp, _) = story.searching(true, json!({}))?;
+    qmp.run("job-pause", json!({"id": "fill"}))?;
+    qmp.run("job-cancel", json!({"id": "fill"}))?;
+    ensure!(qmp.job_end("fill")? == JobEnd::Cancelled);
+    ensure!(qmp.bitmap("drive0", "b").is_err());
+    ensure!(story.all_left()?.is_empty(), "{:?}", story.all_left()?);
+    drop(qmp);
+    daemon.stop().map(drop)
 }
