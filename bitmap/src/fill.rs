@@ -33,8 +33,8 @@ impl Draft {
         Ok(frozen)
     }
 
-    /// The bitmap, which is frozen, was made for what the job is to find: should the process end first, it is inconsistent, for
-    /// an empty bitmap would say that nothing differs.
+    /// The bitmap, which is frozen, was made for what the job is to find: a failure takes it away, and should the process end and
+    /// the job not go on, it is inconsistent, for an empty bitmap would say that nothing differs.
     pub fn await_fill(&mut self, name: &str) -> Result<(), BitmapError> {
         let index = self.position(name)?;
         self.bitmaps[index].unfilled = true;
@@ -60,11 +60,5 @@ impl Draft {
             }
         }
         Ok(())
-    }
-
-    /// Ends freeze `id`, and the bitmap with it: it was made for what the job was to find, and holds nothing without that.
-    pub fn remove_frozen(&mut self, name: &str, id: Uuid) -> Result<(), BitmapError> {
-        self.thaw(name, id)?;
-        self.remove(name)
     }
 }

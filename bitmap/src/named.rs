@@ -18,6 +18,7 @@ use crate::bits::Bits;
 use crate::checkpoints::Checkpoints;
 use crate::layers::Layers;
 use crate::live::LiveMap;
+use crate::store::reading::Freeze;
 use crate::units::{ByteRange, Granularity};
 use std::fmt;
 use std::sync::Arc;
@@ -374,9 +375,13 @@ impl Draft {
         self.thaw(name, id).map(|_| ())
     }
 
-    /// Ends freeze `id` in failure: the frozen set is merged back into the successor.
+    /// Ends freeze `id` in failure: the frozen set is merged back into the successor. A bitmap that was made for what a job was to
+    /// find holds nothing without that, and goes.
     pub fn reclaim(&mut self, name: &str, id: Uuid) -> Result<(), BitmapError> {
         let (bitmap, frozen) = self.thaw(name, id)?;
+        if bitmap.unfilled {
+            return self.remove(name);
+        }
         if std::mem::take(&mut bitmap.for_job) {
             // A disabled bitmap is as it was: what was recorded, the job alone wanted.
             bitmap.layers = frozen.layers;
@@ -474,7 +479,7 @@ impl Draft {
 
     /// As [`Draft::recording_granularity`], of what is in a store: persistent bitmaps, and checkpoints.
     pub(crate) fn kept_granularity(&self) -> Option<Granularity> {
-        let bitmaps = self.kept().filter(|b| b.recording).map(|b| b.layers.granularity());
+        let bitmaps = self.kept().filter(|b| b.records()).map(|b| b.layers.granularity());
         bitmaps.chain(self.checkpoints.recording_granularity()).min()
     }
 
@@ -505,11 +510,15 @@ impl Draft {
     }
 
     /// The bitmap that was put back last of this name is still in freeze `id` of a job, which goes on.
-    pub(crate) fn restore_frozen(&mut self, name: &str, id: Uuid, base: Option<Arc<Bits>>) {
+    pub(crate) fn restore_frozen(&mut self, name: &str, id: Uuid, freeze: &Freeze) {
         if let Ok(index) = self.position(name) {
             let bitmap = &mut self.bitmaps[index];
+            let base = freeze.dirty.bits.clone();
             let layers = base.map_or_else(|| Layers::empty(bitmap.layers.granularity(), self.size), Layers::of);
             bitmap.frozen = Some(Frozen { id, owner: Owner::Job, layers });
+            (bitmap.for_job, bitmap.unfilled) = (freeze.for_job, freeze.unfilled);
+            let records = bitmap.records();
+            bitmap.layers.record(records);
         }
     }
 

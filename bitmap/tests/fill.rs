@@ -131,10 +131,11 @@ fn a_failure_leaves_what_was_there_and_what_a_recording_bitmap_would_have_record
 }
 
 #[test]
-fn a_bitmap_that_was_made_for_the_job_can_go_with_it() {
+fn a_bitmap_that_was_made_for_the_job_goes_with_it() {
     let disk = Disk::new(false);
     let frozen = disk.freeze();
-    disk.edit(|draft| draft.remove_frozen("b", frozen.id())).unwrap();
+    disk.edit(|draft| draft.await_fill("b")).unwrap();
+    disk.edit(|draft| draft.reclaim("b", frozen.id())).unwrap();
     assert!(disk.tracker.list().is_empty());
 }
 

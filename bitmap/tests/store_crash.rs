@@ -2,10 +2,11 @@
 //! every block that changed since its point in time, and one that does not record is exactly what it was.
 //!
 //! A simulated disk whose cache a power cut takes back or tears as it likes, a directory that drops, tears and reorders what was
-//! not synced (`crash/medium.rs`), and the real store: random writes, flushes, freezes, ends of freezes, disables, enables, clears,
+//! not synced (`crash/medium.rs`), and the real store: random writes, flushes, freezes, searches, ends of both, disables, enables, clears,
 //! checkpoints, resizes and coolings, with writes going on in the middle of each. At every call that changes the directory, and
 //! then some, the world is stopped in two ways, opened again and compared with a plain model; a crash may hit the recovery from
-//! a crash too. What a power cut takes back of the disk counts as changed then: all that was not flushed, so it holds for
+//! a crash too. After a kill, freezes of jobs may go on: what is frozen is what it was, and what was written since is there, in a disabled
+//! bitmap too where a job searches. What a power cut takes back of the disk counts as changed then: all that was not flushed, so it holds for
 //! whatever part of that is really lost.
 //!
 //! `BLKMARK_CRASH_POINTS=100000 BLKMARK_CRASH_SEED=1 cargo test --release -p blkmark-bitmap --test store_crash -- --nocapture`
@@ -19,7 +20,7 @@ use blkmark_bitmap::flip::{commit_regardless, commit_then};
 use blkmark_bitmap::named::Draft;
 use blkmark_bitmap::store::{Place, Stamp};
 use blkmark_bitmap::tracker::Admitted;
-use blkmark_bitmap::{Bits, ByteRange, CheckpointMark, Granularity, Lane, Tracker, Verdict};
+use blkmark_bitmap::{Bits, ByteRange, CheckpointMark, Granularity, Lane, Mask, Tracker, Verdict, commit};
 use medium::{Faults, Files, Random, SimDisk, SimMaps, SimMedium};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -41,12 +42,15 @@ struct Expected {
     recording: bool,
     blocks: BTreeSet<u64>,
     frozen: Option<(Uuid, BTreeSet<u64>)>,
+    /// What is written since is recorded for the job that searches, and for nobody else.
+    for_job: bool,
 }
 
 impl Expected {
+    /// What it holds if the freeze ends.
     fn all(&self) -> BTreeSet<u64> {
         let frozen = self.frozen.iter().flat_map(|(_, blocks)| blocks);
-        self.blocks.iter().chain(frozen).copied().collect()
+        self.blocks.iter().filter(|_| !self.for_job).chain(frozen).copied().collect()
     }
 }
 
@@ -66,8 +70,12 @@ enum Op {
     Enable(String),
     Disable(String),
     Freeze(String),
+    Search(String),
+    /// What was found is in the first block.
+    Fill(String, Uuid),
     Abdicate(String, Uuid),
-    Reclaim(String, Uuid),
+    /// And whether what was recorded for a job ends with it.
+    Reclaim(String, Uuid, bool),
     Checkpoint(String),
     Forget(String),
     Resize(u64),
@@ -75,7 +83,7 @@ enum Op {
 
 impl Op {
     fn cuts(&self) -> bool {
-        !matches!(self, Op::Abdicate(..) | Op::Reclaim(..))
+        !matches!(self, Op::Abdicate(..) | Op::Reclaim(_, _, false))
     }
 
     fn draft(&self, draft: &mut Draft, freeze: &Cell<Option<Uuid>>) -> Result<(), blkmark_bitmap::BitmapError> {
@@ -89,8 +97,10 @@ impl Op {
             Op::Enable(name) => draft.enable(name),
             Op::Disable(name) => draft.disable(name),
             Op::Freeze(name) => draft.freeze(name).map(|frozen| freeze.set(Some(frozen.id()))),
+            Op::Search(name) => draft.freeze_recording(name).map(|frozen| freeze.set(Some(frozen.id()))),
+            Op::Fill(name, id) => draft.fill(name, *id, &first_block(draft.size()), Mask::Union),
             Op::Abdicate(name, id) => draft.abdicate(name, *id),
-            Op::Reclaim(name, id) => draft.reclaim(name, *id),
+            Op::Reclaim(name, id, _) => draft.reclaim(name, *id),
             Op::Checkpoint(name) => {
                 let mark = CheckpointMark { name: name.clone(), id: Uuid::new_v4(), created: 0 };
                 draft.add_checkpoint(mark, Granularity::DEFAULT)
@@ -108,7 +118,8 @@ impl Op {
         match self {
             Op::Add(name, granularity, disabled) => {
                 let (granularity, recording) = (*granularity, !disabled);
-                let expected = Expected { granularity, recording, blocks: BTreeSet::new(), frozen: None };
+                let blocks = BTreeSet::new();
+                let expected = Expected { granularity, recording, blocks, frozen: None, for_job: false };
                 model.bitmaps.insert(name.clone(), expected);
             }
             Op::Remove(name) => {
@@ -117,13 +128,20 @@ impl Op {
             Op::Clear(name) => of(model, name, &|bitmap| bitmap.blocks.clear()),
             Op::Enable(name) => of(model, name, &|bitmap| bitmap.recording = true),
             Op::Disable(name) => of(model, name, &|bitmap| bitmap.recording = false),
-            Op::Freeze(name) => of(model, name, &|bitmap| {
+            Op::Freeze(name) | Op::Search(name) => of(model, name, &|bitmap| {
                 bitmap.frozen = Some((freeze.unwrap(), std::mem::take(&mut bitmap.blocks)));
+                bitmap.for_job = matches!(self, Op::Search(_)) && !bitmap.recording;
+            }),
+            Op::Fill(name, _) => of(model, name, &|bitmap| {
+                bitmap.for_job = false;
+                bitmap.blocks = bitmap.all();
+                bitmap.blocks.insert(0);
+                bitmap.frozen = None;
             }),
             Op::Abdicate(name, _) => of(model, name, &|bitmap| bitmap.frozen = None),
-            Op::Reclaim(name, _) => of(model, name, &|bitmap| {
+            Op::Reclaim(name, ..) => of(model, name, &|bitmap| {
                 bitmap.blocks = bitmap.all();
-                bitmap.frozen = None;
+                (bitmap.frozen, bitmap.for_job) = (None, false);
             }),
             Op::Checkpoint(name) => model.checkpoints.push((name.clone(), BTreeSet::new())),
             Op::Forget(name) => {
@@ -141,6 +159,12 @@ impl Op {
     }
 }
 
+fn first_block(size: u64) -> Bits {
+    let mut found = Bits::new(Granularity::DEFAULT, size);
+    found.set(ByteRange::new(0, 1));
+    found
+}
+
 fn blocks(range: ByteRange) -> impl Iterator<Item = u64> {
     range.start() / UNIT..(range.end() - 1) / UNIT + 1
 }
@@ -152,7 +176,7 @@ impl Model {
         if range.is_empty() {
             return;
         }
-        let recording = self.bitmaps.values_mut().filter(|bitmap| bitmap.recording);
+        let recording = self.bitmaps.values_mut().filter(|bitmap| bitmap.recording || bitmap.for_job);
         recording.for_each(|bitmap| bitmap.blocks.extend(blocks(range)));
         if let Some((_, segment)) = self.checkpoints.last_mut() {
             segment.extend(blocks(range));
@@ -283,6 +307,8 @@ struct World {
 
 thread_local! {
     static WORLD: RefCell<Option<Rc<World>>> = const { RefCell::new(None) };
+    /// Freezes that went on.
+    static GONE_ON: Cell<u64> = const { Cell::new(0) };
     /// While a crash is looked into: what has to hold at each point of the recovery.
     static RECOVERING: RefCell<Option<Rc<Recovering>>> = const { RefCell::new(None) };
 }
@@ -305,12 +331,48 @@ fn stamp(size: u64) -> Stamp {
 }
 
 fn open(medium: &Arc<SimMedium>, maps: &SimMaps, size: u64, disk: &Arc<SimDisk>) -> Arc<Tracker> {
+    open_to_resume(medium, maps, size, disk, Vec::new())
+}
+
+fn open_to_resume(
+    medium: &Arc<SimMedium>,
+    maps: &SimMaps,
+    size: u64,
+    disk: &Arc<SimDisk>,
+    resume: Vec<Uuid>,
+) -> Arc<Tracker> {
     let (medium, maps, disk) = (Arc::clone(medium) as _, Box::new(maps.clone()), Arc::clone(disk));
-    Tracker::open_idle(
-        Place { medium, maps, disk: stamp(size), flush: Arc::new(move || disk.flush()), resume: Vec::new() },
-        1,
-        SLOTS,
-    )
+    let flush = Arc::new(move || disk.flush());
+    Tracker::open_idle(Place { medium, maps, disk: stamp(size), flush, resume }, 1, SLOTS)
+}
+
+/// Goes on with the freezes that a killed process left. Each bitmap that is in one still has what it should, frozen and since. Tells how
+/// many.
+fn go_on(left: &Left, outcomes: &[Model], context: &str) -> u64 {
+    let frozen = |expected: &Expected| expected.frozen.as_ref().map(|(id, _)| *id);
+    let resume: Vec<Uuid> = outcomes.iter().flat_map(|model| model.bitmaps.values().filter_map(frozen)).collect();
+    let medium = SimMedium::new(left.files.clone(), left.seed, Faults::None, None);
+    let tracker = open_to_resume(&medium, &left.maps.killed(), left.size, &left.disk.killed(), resume);
+    let mut gone_on = 0;
+    for info in tracker.list() {
+        let Some(id) = info.frozen else { continue };
+        let shown = tracker.bits(&info.name).unwrap();
+        let mut begun = tracker.begin();
+        begun.draft.fill(&info.name, id, &first_block(left.size), Mask::Union).unwrap();
+        commit(vec![begun]).unwrap();
+        let filled = tracker.bits(&info.name).unwrap();
+        let expected = outcomes.iter().filter_map(|model| model.bitmaps.get(&info.name));
+        let results: Vec<Result<(), String>> = expected
+            .filter_map(|expected| expected.frozen.as_ref().map(|(_, frozen)| (expected, frozen)))
+            .map(|(expected, frozen)| {
+                agrees(&shown, frozen, expected.granularity, true)?;
+                agrees(&filled, &frozen.union(&expected.blocks).copied().collect(), expected.granularity, false)
+            })
+            .collect();
+        assert!(results.iter().any(Result::is_ok), "{context}, gone on with: {}: {results:?}", info.name);
+        gone_on += 1;
+    }
+    gone_on
 }
 
 /// What a crash leaves, and with which numbers to look into it.
@@ -321,13 +383,18 @@ struct Left {
     /// Of the disk's blocks, those that a power cut may have taken back.
     taken_back: BTreeSet<u64>,
     lossy: bool,
+    /// Every process so far: what was on tmpfs is there.
+    killed: bool,
     size: u64,
     seed: u64,
 }
 
 /// Opens what is left, and compares; crashes within that are looked into too.
 fn examine(left: Left, outcomes: &[Model], deep: bool, context: &str) -> u64 {
-    let Left { files, maps, disk, taken_back, lossy, size, seed } = left;
+    if left.killed && !left.lossy {
+        GONE_ON.set(GONE_ON.get() + go_on(&left, outcomes, context));
+    }
+    let Left { files, maps, disk, taken_back, lossy, size, seed, .. } = left;
     let medium = SimMedium::new(files, seed, Faults::None, deep.then_some(recovery_point as fn(&str)));
     let recovering = Rc::new(Recovering {
         medium: RefCell::new(Some(Arc::clone(&medium))),
@@ -368,7 +435,9 @@ fn recovery_point(_: &str) {
         taken_back.extend(recovering.disk.unflushed());
     }
     let context = format!("{}, then {} in the recovery", recovering.context, if kill { "killed" } else { "power cut" });
-    let left = Left { files, maps, disk, taken_back, lossy: recovering.lossy, size: recovering.size, seed };
+    // The start before has ended the freezes, for nobody went on with them.
+    let killed = false;
+    let left = Left { files, maps, disk, taken_back, lossy: recovering.lossy, killed, size: recovering.size, seed };
     let n = examine(left, &recovering.outcomes, false, &context);
     recovering.points.set(recovering.points.get() + n);
     RECOVERING.set(Some(recovering));
@@ -441,7 +510,7 @@ impl World {
             }
             let blocks = self.tracker.bits(&info.name).map(|bits| dirty_blocks(&bits)).unwrap_or_default();
             let (granularity, recording) = (info.granularity, info.recording);
-            model.bitmaps.insert(info.name, Expected { granularity, recording, blocks, frozen: None });
+            model.bitmaps.insert(info.name, Expected { granularity, recording, blocks, frozen: None, for_job: false });
         }
         let checkpoints = self.tracker.checkpoints();
         for (at, checkpoint) in checkpoints.iter().enumerate() {
@@ -477,7 +546,8 @@ impl World {
             let last = &log[log.len().saturating_sub(30)..];
             let context = format!("{}, {last:?}, {}", self.context, if kill { "killed" } else { "power cut" });
             drop(log);
-            let left = Left { files, maps, disk, taken_back, lossy: self.is_lossy(), size: self.file_size.get(), seed };
+            let (lossy, killed, size) = (self.is_lossy(), kill, self.file_size.get());
+            let left = Left { files, maps, disk, taken_back, lossy, killed, size, seed };
             let n = examine(left, &outcomes, deep, &context);
             self.points.set(self.points.get() + n);
         }
@@ -588,7 +658,12 @@ impl World {
             return Some(Op::Add(name, Granularity::new(granularity).unwrap(), random.one_in(4)));
         };
         if let Some((id, _)) = &bitmap.frozen {
-            return Some(if random.one_in(2) { Op::Abdicate(name, *id) } else { Op::Reclaim(name, *id) });
+            return Some(match random.below(3) {
+                // What a job searches ends in one of the two other ways.
+                0 if !bitmap.for_job => Op::Abdicate(name, *id),
+                1 => Op::Fill(name, *id),
+                _ => Op::Reclaim(name, *id, bitmap.for_job),
+            });
         }
         Some(match random.below(16) {
             0 => Op::Remove(name),
@@ -602,6 +677,7 @@ impl World {
             8 if !model.checkpoints.is_empty() => {
                 Op::Forget(model.checkpoints[random.below(model.checkpoints.len() as u64) as usize].0.clone())
             }
+            9..=11 => Op::Search(name),
             _ => Op::Freeze(name),
         })
     }
@@ -767,7 +843,7 @@ impl World {
         }
         for bitmap in model.bitmaps.values_mut() {
             bitmap.blocks = bitmap.all();
-            bitmap.frozen = None;
+            (bitmap.frozen, bitmap.for_job) = (None, false);
         }
         (files, self.maps.killed(), vec![model], self.failed.get() || closed.is_err(), self.disk.killed())
     }
@@ -780,7 +856,9 @@ fn number(name: &str, otherwise: u64) -> u64 {
 fn crash(faults: Faults) {
     let (seed, points) = (number("BLKMARK_CRASH_SEED", 1), number("BLKMARK_CRASH_POINTS", 3000));
     let seen = run(seed, points, faults);
-    println!("{seen} crash points, seed {seed}, {faults:?}");
+    let gone_on = GONE_ON.get();
+    assert!(gone_on > 0 || faults != Faults::None, "no freeze went on");
+    println!("{seen} crash points, {gone_on} freezes gone on with, seed {seed}, {faults:?}");
 }
 
 #[test]

@@ -26,17 +26,12 @@ fn stamp() -> Stamp {
 }
 
 fn open(medium: &Arc<SimMedium>, disk: Stamp) -> Arc<Tracker> {
-    Tracker::open_idle(
-        Place {
-            medium: Arc::clone(medium) as _,
-            maps: Box::new(SimMaps::default()),
-            disk,
-            flush: Arc::new(|| Ok(())),
-            resume: Vec::new(),
-        },
-        1,
-        4,
-    )
+    open_to_resume(medium, &SimMaps::default(), disk, Vec::new())
+}
+
+fn open_to_resume(medium: &Arc<SimMedium>, maps: &SimMaps, disk: Stamp, resume: Vec<Uuid>) -> Arc<Tracker> {
+    let (medium, maps) = (Arc::clone(medium) as _, Box::new(maps.clone()));
+    Tracker::open_idle(Place { medium, maps, disk, flush: Arc::new(|| Ok(())), resume }, 1, 4)
 }
 
 fn write(tracker: &Arc<Tracker>, offset: u64) {
@@ -263,6 +258,90 @@ fn a_bitmap_that_waits_for_a_job_is_of_no_worth_without_it() {
     begun.draft.fill("b", freeze, &found, Mask::Union).unwrap();
     commit(vec![begun]).unwrap();
     assert!(!after_a_crash()[0].inconsistent);
+}
+
+/// Whatever a job that fills a bitmap has it record is there after a kill, for that job alone; nothing else sees it.
+#[test]
+fn a_freeze_that_waits_for_what_is_found_goes_on_after_a_kill_and_only_then() {
+    const FOUND: u64 = 150 * MIB;
+    for (disabled, made) in [(false, false), (true, false), (false, true), (true, true)] {
+        let what = format!("disabled={disabled} made={made}");
+        let (mut maps, mut medium) = (SimMaps::default(), SimMedium::new(Files::default(), 1, Faults::None, None));
+        let mut tracker = open_to_resume(&medium, &maps, stamp(), Vec::new());
+        let edit = |tracker: &Arc<Tracker>, change: &dyn Fn(&mut blkmark_bitmap::named::Draft)| {
+            let mut begun = tracker.begin();
+            change(&mut begun.draft);
+            commit(vec![begun]).unwrap();
+        };
+        let add = |draft: &mut blkmark_bitmap::named::Draft| {
+            draft.add("b", Granularity::DEFAULT, false).unwrap();
+            draft.keep("b").unwrap();
+        };
+        if !made {
+            edit(&tracker, &add);
+            write(&tracker, WRITTEN[0]);
+        }
+        edit(&tracker, &|draft| {
+            if made {
+                add(draft);
+            }
+            if disabled {
+                draft.disable("b").unwrap();
+            }
+            draft.freeze_recording("b").unwrap();
+            if made {
+                draft.await_fill("b").unwrap();
+            }
+        });
+        let freeze = tracker.list()[0].frozen.unwrap();
+        let own: Vec<u64> = WRITTEN[..1].iter().copied().filter(|_| !made).collect();
+        let mut since = Vec::new();
+        for (round, at) in WRITTEN[1..].iter().enumerate() {
+            write(&tracker, *at);
+            since.push(*at);
+            let mut files = medium.state.lock().unwrap().clone();
+            assert_eq!(files.bytes_of("slot.0").unwrap()[8], if disabled { 2 } else { 1 }, "{what}");
+            let left = maps.killed();
+            // Nobody goes on; or the machine went down, so that nobody can.
+            for (maps, resume) in [(left.clone(), Vec::new()), (SimMaps::default(), vec![freeze])] {
+                let (wide, medium) = (!resume.is_empty(), SimMedium::new(files.clone(), 1, Faults::None, None));
+                let tracker = open_to_resume(&medium, &maps.killed(), stamp(), resume);
+                let info = tracker.list().remove(0);
+                assert_eq!((info.inconsistent, info.busy), (made, false), "{what}");
+                if !made {
+                    let bits = tracker.bits("b").unwrap();
+                    let all = own.iter().chain(since.iter().filter(|_| !disabled));
+                    let expected: Vec<u64> = all.copied().collect();
+                    assert!(holds(&bits, &expected), "{what}");
+                    assert!(wide && !disabled || bits.set_bits() == expected.len() as u64, "{what}");
+                }
+            }
+            maps = left;
+            medium = SimMedium::new(files, round as u64, Faults::None, None);
+            tracker = open_to_resume(&medium, &maps, stamp(), vec![freeze]);
+            let info = tracker.list().remove(0);
+            assert_eq!((info.frozen, info.recording, info.inconsistent), (Some(freeze), !disabled, false), "{what}");
+            let shown = tracker.bits("b").unwrap();
+            assert!(holds(&shown, &own) && shown.set_bits() == own.len() as u64, "{what}");
+        }
+        write(&tracker, AFTER);
+        let mut found = Bits::new(Granularity::DEFAULT, SIZE);
+        found.set(ByteRange::new(FOUND, 1));
+        edit(&tracker, &|draft| draft.fill("b", freeze, &found, Mask::Union).unwrap());
+        write(&tracker, LAST);
+        let mut expected: Vec<u64> = own.iter().chain(&since).copied().chain([AFTER, FOUND]).collect();
+        if !disabled {
+            expected.push(LAST);
+        }
+        let bits = tracker.bits("b").unwrap();
+        assert!(holds(&bits, &expected) && bits.set_bits() == expected.len() as u64, "{what}");
+        let mut files = medium.state.lock().unwrap().clone();
+        assert_eq!(files.bytes_of("slot.0").unwrap()[8], 1, "{what}");
+    }
+}
+
+fn holds(bits: &Bits, offsets: &[u64]) -> bool {
+    offsets.iter().all(|offset| bits.any(ByteRange::new(*offset, 1)))
 }
 
 #[test]

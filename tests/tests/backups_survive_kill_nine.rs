@@ -6,6 +6,8 @@
 
 #[path = "backups_survive_kill_nine/points.rs"]
 mod points;
+#[path = "backups_survive_kill_nine/searches.rs"]
+mod searches;
 #[path = "backups_survive_kill_nine/server.rs"]
 mod server;
 #[path = "backups_survive_kill_nine/stage.rs"]

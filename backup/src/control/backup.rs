@@ -9,7 +9,7 @@ use super::points::{PointNode, PointUse};
 use super::transaction::{self, Action, Stage};
 use super::{Control, done};
 use crate::job::backup::Held;
-use crate::job::{Backup, BitmapMode, Content, Hold, JobError, NewJob, OnFailure, Reservation, Settings, Work};
+use crate::job::{Backup, BitmapMode, Content, Hold, JobError, Kind, NewJob, OnFailure, Reservation, Settings, Work};
 use crate::node::Node;
 use crate::point::{Point, PointOptions, Wanted};
 use crate::qmp::{Arguments, QmpError};
@@ -253,7 +253,7 @@ impl BackupAction {
         let target = self.take_target(control, &node.disk)?;
         let cluster = self.check_job(control, &node.disk, target.as_deref(), granularity)?;
         if let (true, Some(target)) = (stage.real, target) {
-            let lease = node.take_for_backup()?;
+            let lease = node.take_for(Kind::Backup)?;
             self.of_point = Some(OfPoint { node: Arc::clone(node), lease, cluster, target });
         }
         Ok(())

@@ -90,12 +90,12 @@ struct Description {
     file: FileOf,
 }
 
-/// How files are opened that are to be written.
+/// How files are opened.
 #[derive(Clone, Copy)]
 enum How {
     /// As they are.
     New,
-    /// As a killed process left them that was writing a disk of this size, in clusters of that size.
+    /// As a killed process left them that was writing a disk of this size, in clusters of that size, or reading one.
     Left { size: u64, cluster: u64 },
 }
 
@@ -130,12 +130,20 @@ impl TargetNode {
 
     /// What a job can read, opened anew: nobody may be writing to it.
     pub(super) fn source(&self, policy: &Policy) -> Result<Arc<dyn Source>, QmpError> {
+        self.read_with(policy, |server| server.open_to_read(policy))
+    }
+
+    fn read_with(
+        &self,
+        policy: &Policy,
+        connect: impl FnOnce(&options::NbdServer) -> Result<Arc<dyn Source>, QmpError>,
+    ) -> Result<Arc<dyn Source>, QmpError> {
         if !matches!(*self.opened(), Opened::ReadOnly(_)) {
             let text = format!("Node '{}' is open for writing: add it with 'read-only' to read it", self.name);
             return Err(QmpError::generic(text));
         }
         match (&self.server, self.driver) {
-            (Some(server), _) => server.open_to_read(policy),
+            (Some(server), _) => connect(server),
             (None, Driver::Qcow2) => Ok(Arc::new(Image::open(&self.path, Format::Qcow2, policy)?)),
             (None, _) => Ok(Arc::new(Image::open(&self.path, Format::Raw, policy)?)),
         }
@@ -321,7 +329,8 @@ fn make(
         }
         FileOf::Server(server) => {
             let opened = match (read_only, how) {
-                (true, _) => Opened::ReadOnly(server.size(&policy)?),
+                (true, How::New) => Opened::ReadOnly(server.size(&policy)?),
+                (true, How::Left { size, .. }) => Opened::ReadOnly(size),
                 (false, How::New) => Opened::Writable(server.open(&policy)?),
                 (false, How::Left { size, cluster }) => Opened::Writable(server.open_late(&policy, size, cluster)),
             };
@@ -365,27 +374,50 @@ fn make(
     Ok(node)
 }
 
-/// A node that a killed process was writing a backup into, opened again and claimed for its job, with those beneath it; none of them
-/// is in the list yet.
-pub(super) struct Reopened {
+/// A node that a job of a killed process was using, opened again and claimed for that job, with those beneath it; none of them is in the
+/// list yet.
+pub(super) struct Reopened<T: ?Sized> {
     pub(super) nodes: Vec<Arc<TargetNode>>,
     pub(super) claim: Claim,
-    pub(super) target: Arc<dyn Target>,
+    pub(super) opened: Arc<T>,
 }
 
 /// Opens the node again that `options` made, in the form of [`TargetNode::options`]. No server is asked for anything.
-pub(super) fn reopen(control: &Control, options: &[Value], size: u64, cluster: u64) -> Result<Reopened, QmpError> {
+fn remake(control: &Control, options: &[Value], how: How) -> Result<(Vec<Arc<TargetNode>>, Arc<TargetNode>), QmpError> {
     let mut nodes = Vec::new();
     let mut last = None;
     for options in options {
         let members = options.as_object().cloned().unwrap_or_default();
         let description = describe_whole(members)?;
-        let how = How::Left { size, cluster };
         last = Some(make(control, description, Some(options.clone()), how, &mut nodes)?);
     }
     let node = last.ok_or_else(|| QmpError::generic("nothing was noted of its node"))?;
+    Ok((nodes, node))
+}
+
+/// The same, to go on writing a disk of this size into it, in clusters of that size.
+pub(super) fn reopen(
+    control: &Control,
+    options: &[Value],
+    size: u64,
+    cluster: u64,
+) -> Result<Reopened<dyn Target>, QmpError> {
+    let (nodes, node) = remake(control, options, How::Left { size, cluster })?;
     let claim = Claim::take(&node, Use::Job)?;
-    Ok(Reopened { nodes, claim, target: node.target()? })
+    Ok(Reopened { nodes, claim, opened: node.target()? })
+}
+
+/// The same, to compare a disk of this size with it.
+pub(super) fn reopen_to_read(
+    control: &Control,
+    options: &[Value],
+    size: u64,
+) -> Result<Reopened<dyn Source>, QmpError> {
+    let (nodes, node) = remake(control, options, How::Left { size, cluster: size })?;
+    let claim = Claim::take(&node, Use::Populate)?;
+    let policy = control.policy();
+    let opened = node.read_with(&policy, |server| Ok(server.open_late_to_read(&policy, size)))?;
+    Ok(Reopened { nodes, claim, opened })
 }
 
 fn is_protocol(driver: Driver) -> bool {

@@ -6,7 +6,7 @@
 use crate::cbw;
 use crate::copy::GUEST_LATENCY;
 use crate::job::{OnError, OnFailure, Settings};
-use crate::nbd::{Address, Client, ClientSettings, LateTarget, NbdReader, NbdTarget};
+use crate::nbd::{Address, Client, ClientSettings, LateReader, LateTarget, NbdReader, NbdTarget};
 use crate::point::PointOptions;
 use crate::qmp::{Arguments, QmpError};
 use crate::source::Source;
@@ -137,6 +137,12 @@ impl NbdServer {
             Ok(source) => Ok(Arc::new(source)),
             Err(error) => Err(QmpError::generic(error.to_string())),
         }
+    }
+
+    /// What a killed process was reading, with a connection to come.
+    pub(super) fn open_late_to_read(&self, policy: &Policy, size: u64) -> Arc<dyn Source> {
+        let (address, export) = (self.address.clone(), self.export.clone());
+        Arc::new(LateReader::new(address, export, self.settings, policy.clone(), size))
     }
 
     /// Looks how many bytes it has.

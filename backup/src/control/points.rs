@@ -81,9 +81,9 @@ impl PointNode {
         Ok(PointUse { node: Arc::clone(self), number })
     }
 
-    /// To copy it.
-    pub(super) fn take_for_backup(self: &Arc<Self>) -> Result<PointUse, QmpError> {
-        self.take(format!("block device is in use by block job: {}", Kind::Backup.name()))
+    /// To read it in a job.
+    pub(super) fn take_for(self: &Arc<Self>, job: Kind) -> Result<PointUse, QmpError> {
+        self.take(format!("block device is in use by block job: {}", job.name()))
     }
 
     /// What `query-named-block-nodes` tells of it besides the members of every node.

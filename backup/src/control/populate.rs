@@ -10,7 +10,7 @@ use super::nodes::not_found;
 use super::options;
 use super::transaction::{self, Action, Stage};
 use super::{Control, done};
-use crate::job::{JobError, Kind, NewJob, Pattern, Populate, Reservation, Settings, Work};
+use crate::job::{JobError, Kind, NewJob, Older as Known, Pattern, Populate, Reservation, Settings, Work};
 use crate::node::Node;
 use crate::point::PointSource;
 use crate::qmp::{Arguments, QmpError};
@@ -93,6 +93,8 @@ pub(super) struct PopulateAction {
     /// Of the node that the older image is.
     claim: Option<Box<dyn Any + Send + Sync>>,
     image: Option<Arc<dyn Source>>,
+    /// How to find it again.
+    known: Option<Known>,
     id: Option<Reservation>,
     populate: Option<Populate>,
 }
@@ -121,6 +123,7 @@ impl PopulateAction {
             settings: options::populate_settings(arguments)?,
             claim: None,
             image: None,
+            known: None,
             id: None,
             populate: None,
         })
@@ -137,14 +140,21 @@ impl PopulateAction {
             return Ok(());
         }
         let policy = control.policy();
-        self.image = match (&self.older.path, &self.older.format, &self.older.node) {
-            (Some(path), Some(format), _) => Some(Arc::new(Image::open(path, format.parse()?, &policy)?)),
+        let (image, known): (Arc<dyn Source>, _) = match (&self.older.path, &self.older.format, &self.older.node) {
+            (Some(path), Some(format), _) => {
+                let image = Image::open(path, format.parse()?, &policy)?;
+                let file = image.file_id();
+                (Arc::new(image), Known::Path { path: path.clone(), format: format.clone(), file })
+            }
             (_, _, Some(name)) => {
                 let node = control.target_node(name).ok_or_else(|| not_found(name))?;
-                Some(node.source(&policy)?)
+                let image = node.source(&policy)?;
+                let file = image.file_id();
+                (image, Known::Node { name: name.clone(), options: node.options(), file })
             }
-            _ => None,
+            _ => return Ok(()),
         };
+        (self.image, self.known) = (Some(image), Some(known));
         Ok(())
     }
 
@@ -162,9 +172,8 @@ impl PopulateAction {
             Some(_) if self.claim.is_some() => {}
             Some(name) => match control.point(name) {
                 Some(point) => {
-                    let lease =
-                        point.take(format!("block device is in use by block job: {}", Kind::Populate.name()))?;
-                    self.claim = Some(Box::new(lease));
+                    self.claim = Some(Box::new(point.take_for(Kind::Populate)?));
+                    self.known = point.point.ledger().map(|ledger| Known::Point(ledger.id()));
                     self.image = Some(Arc::new(PointSource::new(Arc::clone(&point.point))));
                 }
                 None => {
@@ -207,11 +216,12 @@ impl PopulateAction {
             (Looked::Diff, None) => unreachable!("a real walk comes after the images were opened"),
         };
         let frozen = stage.commit(disk).closing(frozen);
-        let fresh = stage.has_made(disk, &self.name);
-        if fresh {
+        if stage.has_made(disk, &self.name) {
             stage.draft(disk).await_fill(&self.name)?;
         }
-        self.populate = Some(Populate::new(Arc::clone(disk), self.name.clone(), frozen, pattern, self.mask, fresh));
+        let mut populate = Populate::new(Arc::clone(disk), self.name.clone(), frozen, pattern, self.mask);
+        populate.older = self.known.take();
+        self.populate = Some(populate);
         Ok(())
     }
 

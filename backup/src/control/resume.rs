@@ -1,14 +1,16 @@
-//! Going on with what a killed process left: points in time with names, jobs that copy, jobs whose point is kept for another try.
+//! Going on with what a killed process left: points in time with names, jobs that copy, jobs whose point is kept for another try, and
+//! populates.
 //!
 //! Called once by the daemon, before the control socket and the guests' sockets exist, so that gates are armed before the first
 //! request, those that are submitted again included. What cannot be gone on with ends here: its bitmap is reclaimed, its files go,
 //! the log says why, and a job is shown as concluded with that reason.
 //!
-//! Backups of points in time with names come behind those points (`readers`).
+//! Backups of points in time with names come behind those points (`readers`), and so do populates (`searches`).
 //!
 //! Invariant: after this, no bitmap is frozen for a job that is not there, and no file of a point is left that nobody uses.
 
 mod readers;
+mod searches;
 
 use super::claim::Claim;
 use super::destination::{Destination, check_size};
@@ -20,12 +22,13 @@ use crate::job::backup::Held;
 use crate::job::{Backup, Content, Destination as Named, Ended, Kind, NewJob, Reservation, Work, commit_until_done};
 use crate::node::Node;
 use crate::point::{Point, Wanted};
-use crate::resume::{Found, Loaded, Member, Note, Phase, Place, Role};
+use crate::resume::{Found, Left, Loaded, Member, Note, Phase, Place, Role};
 use crate::scratch::Blocks;
 use crate::target::Target;
 use blkmark_bitmap::flip::Cut;
 use blkmark_bitmap::store::Before;
 use blkmark_bitmap::{Owner, flip};
+use searches::{Searching, Unsearched};
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -59,11 +62,18 @@ struct Whole<'a> {
 impl Control {
     /// Goes on with what a killed process left of all disks. Call it once, before anybody else can ask for anything.
     pub fn resume(&self) {
-        let mut whole = Vec::new();
+        let (mut whole, mut searches) = (Vec::new(), Vec::new());
         for disk in &self.disks {
             for Found { id, state, notice } in disk.take_left() {
                 match state {
-                    Ok((note, loaded)) => whole.push(Whole { disk, id, note, loaded }),
+                    Ok(Left::Point(point)) => {
+                        let (note, loaded) = *point;
+                        whole.push(Whole { disk, id, note, loaded });
+                    }
+                    Ok(Left::Search(search)) => {
+                        let (notice, search) = *search;
+                        searches.push(Unsearched { disk, id, notice, search });
+                    }
                     Err(reason) => match notice {
                         Some(notice) => self.over(disk, notice.job, &notice.name, Some(&reason)),
                         None => {
@@ -73,20 +83,22 @@ impl Control {
                 }
             }
         }
-        let done: HashSet<Uuid> = whole.iter().filter(|found| found.is_done()).filter_map(Whole::group).collect();
+        let done = done(&whole, &searches);
         let whole = whole.into_iter().filter_map(|found| self.may_go_on(found, &done));
         let (readers, whole): (Vec<_>, Vec<_>) = whole.partition(|found| found.point().is_some());
         let mut restored = self.restore(whole);
         let readers = self.restore_readers(readers, &restored);
         restored.extend(readers);
-        let restored = self.whole_groups(restored);
+        let searching = self.restore_searches(searches, &restored);
+        let (restored, searching) = self.whole_groups(restored, searching);
         for disk in &self.disks {
             if let Some(haven) = disk.haven() {
                 let ledgers = restored.iter().filter_map(|one| one.point.ledger());
-                haven.clean_up(&ledgers.flat_map(|ledger| [ledger.id(), ledger.scratch()]).collect::<Vec<_>>());
+                let points = ledgers.flat_map(|ledger| [ledger.id(), ledger.scratch()]);
+                haven.clean_up(&points.chain(searching.iter().map(Searching::slip)).collect::<Vec<_>>());
             }
         }
-        self.begin(restored);
+        self.begin(restored, searching);
         for disk in &self.disks {
             reclaim_the_rest(disk, &self.jobs.freezes());
         }
@@ -143,7 +155,7 @@ impl Control {
                 return None;
             }
             // With a group, all of it.
-            (Phase::Committing, _) if found.is_done() || found.group().is_some_and(|group| done.contains(&group)) => {
+            (Phase::Committing, _) if found.group().map_or_else(|| found.is_done(), |group| done.contains(&group)) => {
                 self.over(disk, Some(Kind::Backup), &note.notice().name, None);
                 return None;
             }
@@ -275,11 +287,11 @@ impl Control {
                 let again = nodes::reopen(self, options, size, restored.note.cluster.bytes())
                     .map_err(|error| cannot(&error.to_string()))?;
                 // An export has no such number.
-                if again.target.file_id() != job.target {
+                if again.opened.file_id() != job.target {
                     return Err(cannot("it is another file"));
                 }
                 (restored.nodes, restored.claim) = (again.nodes, Some(again.claim));
-                again.target
+                again.opened
             }
         };
         check_size(&*target, &restored.disk).map_err(|error| error.to_string())?;
@@ -288,21 +300,23 @@ impl Control {
     }
 
     /// A group is gone on with as a whole, or not at all.
-    fn whole_groups(&self, restored: Vec<Restored>) -> Vec<Restored> {
+    fn whole_groups(&self, restored: Vec<Restored>, searching: Vec<Searching>) -> (Vec<Restored>, Vec<Searching>) {
         let mut there: HashMap<Uuid, usize> = HashMap::new();
-        for (id, _) in restored.iter().filter_map(Restored::group) {
+        let groups = restored.iter().filter_map(Restored::group).chain(searching.iter().filter_map(Searching::group));
+        for (id, _) in groups {
             *there.entry(id).or_default() += 1;
         }
-        let (whole, parts): (Vec<_>, Vec<_>) =
-            restored.into_iter().partition(|one| one.group().is_none_or(|(id, members)| there[&id] == members));
-        for part in &parts {
-            self.over_for(&part.disk, &part.note, "another job of its group cannot be gone on with");
-        }
-        whole
+        let is_whole = |group: Option<(Uuid, usize)>| group.is_none_or(|(id, members)| there[&id] == members);
+        let (whole, parts): (Vec<_>, Vec<_>) = restored.into_iter().partition(|one| is_whole(one.group()));
+        let (searching, ended): (Vec<_>, Vec<_>) = searching.into_iter().partition(|one| is_whole(one.group()));
+        let reason = "another job of its group cannot be gone on with";
+        parts.iter().for_each(|part| self.over_for(&part.disk, &part.note, reason));
+        ended.iter().for_each(|one| self.search_is_over(one, reason));
+        (whole, searching)
     }
 
     /// Arms the gates, and lets everything begin.
-    fn begin(&self, restored: Vec<Restored>) {
+    fn begin(&self, restored: Vec<Restored>, searching: Vec<Searching>) {
         let mut locked = self.jobs.lock();
         let mut disks: Vec<&Arc<Node>> = Vec::new();
         for disk in &self.disks {
@@ -328,9 +342,10 @@ impl Control {
         if let Err(error) = flip::commit_then(arm(), begun) {
             drop(locked);
             restored.iter().for_each(|one| self.over_for(&one.disk, &one.note, &error.to_string()));
+            searching.iter().for_each(|one| self.search_is_over(one, &error.to_string()));
             return;
         }
-        let mut groups: Vec<(Option<Uuid>, Vec<NewJob>)> = Vec::new();
+        let mut groups = Groups::default();
         for one in restored {
             tracing::warn!(disk = one.disk.id, point = %one.id, name = one.note.notice().name, "goes on after a kill");
             let Restored { disk, note, point, named, target, mut nodes, claim, reservation, .. } = one;
@@ -355,21 +370,47 @@ impl Control {
                         (None, Some(target)) => {
                             let work = Work::Backup(Backup { held, target });
                             let new = NewJob { id, settings: job.settings, work, paused: job.paused };
-                            let group = job.group.map(|(group, _)| group);
-                            match groups.iter_mut().find(|(known, _)| group.is_some() && *known == group) {
-                                Some((_, members)) => members.push(new),
-                                None => groups.push((group, vec![new])),
-                            }
+                            groups.push(job.group, new);
                         }
                         (error, _) => locked.put_back(id, job.settings, held, error),
                     }
                 }
             }
         }
-        for (group, jobs) in groups {
+        for one in searching {
+            tracing::warn!(disk = one.disk().id, job = one.name(), "is searched anew after a kill");
+            let (group, mut nodes, new) = one.into_job();
+            self.targets().append(&mut nodes);
+            groups.push(group, new);
+        }
+        for (group, jobs) in groups.0 {
             locked.start(jobs, group.is_some());
         }
     }
+}
+
+/// Jobs that begin together, by their group.
+#[derive(Default)]
+struct Groups(Vec<(Option<Uuid>, Vec<NewJob>)>);
+
+impl Groups {
+    fn push(&mut self, group: Option<(Uuid, usize)>, new: NewJob) {
+        let group = group.map(|(group, _)| group);
+        match self.0.iter_mut().find(|(known, _)| group.is_some() && *known == group) {
+            Some((_, members)) => members.push(new),
+            None => self.0.push((group, vec![new])),
+        }
+    }
+}
+
+/// The groups whose end was committed. A freeze that is still in force tells that it was not, whatever is gone.
+fn done(whole: &[Whole<'_>], searches: &[Unsearched<'_>]) -> HashSet<Uuid> {
+    let frozen = whole.iter().filter(|found| found.freeze_is_there() == Some(true)).filter_map(Whole::group);
+    let frozen = frozen.chain(searches.iter().filter(|found| found.frozen().is_some()).filter_map(Unsearched::group));
+    let frozen: HashSet<Uuid> = frozen.collect();
+    let done = whole.iter().filter(|found| found.is_done()).filter_map(Whole::group);
+    let done = done.chain(searches.iter().filter(|found| found.is_done()).filter_map(Unsearched::group));
+    done.filter(|group| !frozen.contains(group)).collect()
 }
 
 impl Whole<'_> {

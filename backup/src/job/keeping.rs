@@ -5,10 +5,10 @@
 use super::backup::{Content, Held};
 use super::entry::Entry;
 use super::order::{NewJob, Reservation, Settings};
+use super::populate::Populate;
 use super::work::{Kind, Work};
-use crate::node::Node;
 use crate::point::Wanted;
-use crate::resume::{Ledger, Member, Note, Notice, Phase, Role, Slip};
+use crate::resume::{Ledger, Member, Note, Notice, Phase, Role, Search, Slip, Written};
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -16,27 +16,45 @@ use uuid::Uuid;
 pub(super) enum Keeping {
     /// It can be gone on with: its note, and where that is kept.
     Going { ledger: Arc<Ledger>, note: Note },
-    /// It ends with this one, which is to be told.
-    Ending(Slip),
+    /// It has no ledger: what to search anew, or only its name, since it ends with this process.
+    Slip(Box<Slip>),
 }
 
 impl Keeping {
     /// Of a job that begins.
     pub(super) fn of(job: &NewJob, group: Option<(Uuid, usize)>) -> Option<Self> {
-        let ending = |node: &Node, kind| {
-            let haven = node.haven()?;
-            let notice = Notice::of_job(haven.boot(), job.id.id().to_owned(), kind);
-            Some(Self::Ending(Slip::leave(haven, notice)))
-        };
         let backup = match &job.work {
             Work::Backup(backup) if backup.held.point.ledger().is_none() => {
-                return ending(&backup.held.node, Kind::Backup);
+                let haven = backup.held.node.haven()?;
+                let notice = Notice::of_job(haven.boot(), job.id.id().to_owned(), Kind::Backup);
+                return Some(Self::Slip(Box::new(Slip::leave(
+                    haven,
+                    Uuid::new_v4(),
+                    Written { notice, search: None },
+                ))));
             }
             Work::Backup(backup) => backup,
-            Work::Populate(populate) => return ending(&populate.node, Kind::Populate),
+            Work::Populate(populate) => return Self::of_populate(job, populate, group),
         };
         let target = backup.target.file_id();
         Self::new(&job.id, &job.settings, &backup.held, |member| Member { paused: job.paused, group, target, ..member })
+    }
+
+    fn of_populate(job: &NewJob, populate: &Populate, group: Option<(Uuid, usize)>) -> Option<Self> {
+        let haven = populate.node.haven()?;
+        let search = populate.sought().map(|sought| Search {
+            disk: haven.disk(),
+            run: populate.node.tracker.run(),
+            settings: job.settings.clone(),
+            paused: job.paused,
+            bitmap: populate.bitmap.clone(),
+            freeze: populate.frozen.id(),
+            sought,
+            mask: populate.mask,
+            group,
+        });
+        let notice = Notice::of_job(haven.boot(), job.id.id().to_owned(), Kind::Populate);
+        Some(Self::Slip(Box::new(Slip::leave(haven, populate.slip, Written { notice, search }))))
     }
 
     /// Of one that failed, and whose point is kept.
@@ -87,9 +105,10 @@ impl Keeping {
                     tracing::error!(%error, ?phase, "a ledger cannot say how far its job is");
                 }
             }
-            (Self::Ending(slip), Phase::Committing) => slip.commits(),
-            (Self::Ending(slip), Phase::Over) => slip.end(),
-            (Self::Ending(_), Phase::Running | Phase::Broken) => {}
+            (Self::Slip(slip), Phase::Committing) => slip.commits(true),
+            (Self::Slip(slip), Phase::Running) => slip.commits(false),
+            (Self::Slip(slip), Phase::Over) => slip.end(),
+            (Self::Slip(_), Phase::Broken) => {}
         }
     }
 }
@@ -106,12 +125,20 @@ impl Entry {
     pub(super) fn renew_note(&mut self) {
         let (paused, speed, error) = (self.user_paused, self.speed, self.error.clone());
         let latency = self.settings.guest_latency;
-        if let Some(Keeping::Going { ledger, note }) = &mut self.keeping
-            && let Role::Job(member) = &mut note.role
-        {
-            (member.paused, member.settings.speed, member.settings.guest_latency) = (paused, speed, latency);
-            member.error = error;
-            ledger.set_note(note);
+        let renew = |settings: &mut Settings| (settings.speed, settings.guest_latency) = (speed, latency);
+        match &mut self.keeping {
+            Some(Keeping::Going { ledger, note }) => {
+                if let Role::Job(member) = &mut note.role {
+                    renew(&mut member.settings);
+                    (member.paused, member.error) = (paused, error);
+                    ledger.set_note(note);
+                }
+            }
+            Some(Keeping::Slip(slip)) => slip.renew(|search| {
+                renew(&mut search.settings);
+                search.paused = paused;
+            }),
+            None => {}
         }
     }
 }

@@ -270,6 +270,8 @@ fn conclude(jobs: &Jobs, inner: &mut Inner, members: &[u64], mut success: bool) 
     if success && let Err(error) = settle(inner, members, true) {
         // The targets are whole, but the bitmaps could not follow: the next increment begins where this one did.
         success = false;
+        // Whoever finds the freeze gone must not take it for a success.
+        each(inner, members, |entry| entry.set_phase(Phase::Running));
         for entry in inner.entries.iter_mut().filter(|entry| members.contains(&entry.key)) {
             if let Some(outcome) = &mut entry.outcome {
                 outcome.result = Err(Failure::Error(error.to_string()));

@@ -35,7 +35,7 @@ pub use locked::{Locked, Retry};
 pub(crate) use order::well_formed;
 pub use order::{NewJob, Reservation, Settings};
 pub use policy::{OnError, OnFailure};
-pub use populate::{Pattern, Populate};
+pub use populate::{Older, Pattern, Populate};
 pub use registry::Jobs;
 pub use state::{Status, Verb};
 pub use work::{Kind, Work};

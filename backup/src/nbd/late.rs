@@ -1,16 +1,16 @@
-//! An export that a killed process was writing a backup into, and that this one goes on with: it connects when the first worker wants
-//! to write, not before.
+//! An export that a job of a killed process was using, and that this one goes on with: it connects when the first worker wants to write
+//! to it or read it, not before.
 //!
 //! Made at a start by `control::nodes`, when the guests wait for their disks: no server may keep them waiting, and one that went down
 //! with us may take a moment to come back. The job's own threads wait for it, for a few seconds; then its policy for errors of
-//! the target decides, and a job that stops or ignores them tries again whenever it writes. Once there is a connection, this is
-//! [`NbdTarget`]: one that breaks stays broken.
+//! the target decides, and a job that stops or ignores them tries again whenever it comes back. Once there is a connection, this is
+//! [`NbdTarget`] or [`NbdReader`]: one that breaks stays broken.
 //!
-//! Invariant: nothing is written to an export of another size. That it is the same export otherwise nobody can tell.
+//! Invariant: nothing is written to an export of another size, or read from it. That it is the same export otherwise nobody can tell.
 
 use super::client::{ClientError, ClientSettings};
-use super::{Address, NbdTarget};
-use crate::source::FileId;
+use super::{Address, NbdReader, NbdTarget};
+use crate::source::{BlockStatus, FileId, Source};
 use crate::target::{Policy, Target, os_text};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
@@ -26,44 +26,70 @@ const HANDSHAKE: Duration = Duration::from_secs(5);
 /// How long is waited before a server that was not there is tried again.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// An export that is written once it is there.
+/// What a connection is for.
+trait Connection: Sized {
+    fn open(address: &Address, export: &str, settings: ClientSettings, policy: &Policy) -> Result<Self, ClientError>;
+    fn size(&self) -> u64;
+    fn interrupt(&self);
+}
+
+impl Connection for NbdTarget {
+    fn open(address: &Address, export: &str, settings: ClientSettings, policy: &Policy) -> Result<Self, ClientError> {
+        NbdTarget::open(address, export, settings, policy)
+    }
+
+    fn size(&self) -> u64 {
+        Target::size(self)
+    }
+
+    fn interrupt(&self) {
+        Target::interrupt(self);
+    }
+}
+
+impl Connection for NbdReader {
+    fn open(address: &Address, export: &str, settings: ClientSettings, policy: &Policy) -> Result<Self, ClientError> {
+        NbdReader::open(address, export, settings, policy)
+    }
+
+    fn size(&self) -> u64 {
+        Source::size(self)
+    }
+
+    fn interrupt(&self) {
+        Source::interrupt(self);
+    }
+}
+
+/// A connection to come.
 #[derive(Debug)]
-pub struct LateTarget {
+struct Late<T> {
     address: Address,
     export: String,
     settings: ClientSettings,
     policy: Policy,
     size: u64,
-    cluster: u64,
-    connected: OnceLock<NbdTarget>,
+    connected: OnceLock<T>,
     /// Held by who connects: until when it may take.
     connecting: Mutex<Option<Instant>>,
     interrupted: AtomicBool,
 }
 
-impl LateTarget {
-    /// The export, which had this size and this natural unit of writing.
-    pub fn new(
-        address: Address,
-        export: String,
-        settings: ClientSettings,
-        policy: Policy,
-        size: u64,
-        cluster: u64,
-    ) -> Self {
+impl<T: Connection> Late<T> {
+    fn new(address: Address, export: String, settings: ClientSettings, policy: Policy, size: u64) -> Self {
         let connecting = Mutex::default();
         let (connected, interrupted) = (OnceLock::new(), AtomicBool::new(false));
-        Self { address, export, settings, policy, size, cluster, connected, connecting, interrupted }
+        Self { address, export, settings, policy, size, connected, connecting, interrupted }
     }
 
-    /// The connection; waits for it where that makes sense.
-    fn target(&self) -> io::Result<&NbdTarget> {
-        if let Some(target) = self.connected.get() {
-            return Ok(target);
+    /// It; waits for it where that makes sense.
+    fn there(&self) -> io::Result<&T> {
+        if let Some(there) = self.connected.get() {
+            return Ok(there);
         }
         let mut connecting = self.connecting.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(target) = self.connected.get() {
-            return Ok(target);
+        if let Some(there) = self.connected.get() {
+            return Ok(there);
         }
         let give_up = *connecting.get_or_insert_with(|| Instant::now() + PATIENCE.max(self.settings.open));
         loop {
@@ -71,14 +97,14 @@ impl LateTarget {
                 return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "it was told to end"));
             }
             match self.connect() {
-                Ok(target) => {
-                    let target = self.connected.get_or_init(|| target);
+                Ok(there) => {
+                    let there = self.connected.get_or_init(|| there);
                     // Either this sees that it was told to end, or whoever tells it sees the connection.
                     fence(Ordering::SeqCst);
                     if self.interrupted.load(Ordering::SeqCst) {
-                        target.interrupt();
+                        there.interrupt();
                     }
-                    return Ok(target);
+                    return Ok(there);
                 }
                 Err(ClientError::Connect { .. } | ClientError::Lost(_)) if Instant::now() < give_up => {
                     std::thread::sleep(PAUSE);
@@ -92,36 +118,103 @@ impl LateTarget {
         }
     }
 
-    fn connect(&self) -> Result<NbdTarget, ClientError> {
+    fn connect(&self) -> Result<T, ClientError> {
         let settings = ClientSettings {
             open: Duration::ZERO,
             handshake: HANDSHAKE.min(self.settings.handshake),
             request: self.settings.request,
         };
-        let target = NbdTarget::open(&self.address, &self.export, settings, &self.policy)?;
-        match target.size() == self.size {
-            true => Ok(target),
+        let there = T::open(&self.address, &self.export, settings, &self.policy)?;
+        match there.size() == self.size {
+            true => Ok(there),
             false => Err(ClientError::Refused(format!(
                 "Export '{}' has {} bytes now, it had {}",
                 self.export,
-                target.size(),
+                there.size(),
                 self.size
             ))),
         }
+    }
+
+    fn interrupt(&self) {
+        self.interrupted.store(true, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        if let Some(there) = self.connected.get() {
+            there.interrupt();
+        }
+    }
+}
+
+/// An export that is written once it is there.
+#[derive(Debug)]
+pub struct LateTarget {
+    late: Late<NbdTarget>,
+    cluster: u64,
+}
+
+impl LateTarget {
+    /// The export, which had this size and this natural unit of writing.
+    pub fn new(
+        address: Address,
+        export: String,
+        settings: ClientSettings,
+        policy: Policy,
+        size: u64,
+        cluster: u64,
+    ) -> Self {
+        Self { late: Late::new(address, export, settings, policy, size), cluster }
+    }
+}
+
+/// An export that is read once it is there.
+#[derive(Debug)]
+pub struct LateReader(Late<NbdReader>);
+
+impl LateReader {
+    /// The export, which had this size.
+    pub fn new(address: Address, export: String, settings: ClientSettings, policy: Policy, size: u64) -> Self {
+        Self(Late::new(address, export, settings, policy, size))
+    }
+}
+
+impl Source for LateReader {
+    fn size(&self) -> u64 {
+        self.0.size
+    }
+
+    /// The most that a source may ask for, until it is known.
+    fn alignment(&self) -> u32 {
+        self.0.connected.get().map_or(4096, Source::alignment)
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.there()?.read_at(buf, offset)
+    }
+
+    fn block_status(&self, offset: u64, limit: u64) -> io::Result<(BlockStatus, u64)> {
+        self.0.there()?.block_status(offset, limit)
+    }
+
+    fn file_id(&self) -> Option<FileId> {
+        None
+    }
+
+    fn interrupt(&self) {
+        self.0.interrupt();
     }
 }
 
 impl Target for LateTarget {
     fn size(&self) -> u64 {
-        self.size
+        self.late.size
     }
 
     fn cluster_size(&self) -> u64 {
-        self.connected.get().map_or(self.cluster, Target::cluster_size)
+        self.late.connected.get().map_or(self.cluster, Target::cluster_size)
     }
 
     fn alignment(&self) -> u32 {
-        self.connected.get().map_or(1, Target::alignment)
+        self.late.connected.get().map_or(1, Target::alignment)
     }
 
     fn reads_zero(&self) -> bool {
@@ -129,31 +222,27 @@ impl Target for LateTarget {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.target()?.write_at(buf, offset)
+        self.late.there()?.write_at(buf, offset)
     }
 
     fn write_zeroes_at(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.target()?.write_zeroes_at(offset, len)
+        self.late.there()?.write_zeroes_at(offset, len)
     }
 
     fn note_down(&self) -> io::Result<()> {
-        self.target()?.note_down()
+        self.late.there()?.note_down()
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.target()?.flush()
+        self.late.there()?.flush()
     }
 
     fn conclude(&self) -> io::Result<()> {
-        self.target()?.conclude()
+        self.late.there()?.conclude()
     }
 
     fn interrupt(&self) {
-        self.interrupted.store(true, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
-        if let Some(target) = self.connected.get() {
-            target.interrupt();
-        }
+        self.late.interrupt();
     }
 
     fn abandon(&self) -> io::Result<()> {
@@ -169,6 +258,6 @@ impl Target for LateTarget {
     }
 
     fn name(&self) -> String {
-        self.address.url(&self.export)
+        self.late.address.url(&self.late.export)
     }
 }

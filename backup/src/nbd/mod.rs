@@ -32,7 +32,7 @@ pub use address::Address;
 pub use client::{Client, ClientError, ClientSettings, ExportInfo};
 pub use export::{Export, Extent};
 pub use exports::{BitmapExportError, SourceExport};
-pub use late::LateTarget;
+pub use late::{LateReader, LateTarget};
 pub use reader::NbdReader;
 pub use server::{ExportError, NbdServer, Removal, ServerError, ServerSettings};
 pub use target::NbdTarget;

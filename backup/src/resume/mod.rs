@@ -4,7 +4,7 @@
 //! the kernel keeps what was written: a *ledger* (`ledger`: where each saved unit is, which units the target holds) and a *note*
 //! (`note`: what the point is for) on tmpfs, and a *notice* where scratch is, durable, which says no more than that there was one,
 //! for the case that the machine goes (`announce`). A copy of a point with a name has a ledger, a note and a notice of its own, beside
-//! the same scratch. A job that does not go on leaves a *slip* (`slip`) and a notice. Nothing of it is synced while a guest waits.
+//! the same scratch. A job without a point leaves a *slip* (`slip`) and a notice: a populate notes what to search anew (`search`). Nothing of it is synced while a guest waits.
 //!
 //! Called by `point` and `cbw`, which keep the ledger; by `job`, which keeps the note; by the daemon at a start ([`Haven::find`]),
 //! before the store is opened, and by `control::resume`, which makes jobs of what was found.
@@ -15,14 +15,15 @@
 mod announce;
 mod ledger;
 mod note;
+mod search;
 mod slip;
 
 pub(crate) use ledger::{Ledger, Loaded, Phase, Place, Plan};
 pub use note::Notice;
 pub(crate) use note::{Member, Note, Role};
-pub(crate) use slip::Slip;
+pub(crate) use search::{Search, Sought};
+pub(crate) use slip::{Slip, Written};
 
-use crate::job;
 use crate::source::FileId;
 use blkmark_bitmap::store::is_memory;
 use rustix::fs::{Mode, OFlags};
@@ -34,6 +35,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
+
+/// Why nobody can tell what became of a job.
+pub(crate) const UNKNOWN_END: &str = "its end was being stored, so look whether it succeeded";
 
 /// No note is longer.
 const MOST: u64 = 1 << 20;
@@ -64,7 +68,7 @@ pub(crate) enum Kind {
     /// The part of scratch that is a file.
     File,
     Notice,
-    /// Of a job that does not go on.
+    /// Of a job without a ledger.
     Slip,
 }
 
@@ -83,12 +87,21 @@ impl Kind {
     }
 }
 
-/// What a point in time that was left looks like.
+/// What somebody may go on with.
+#[derive(Debug)]
+pub(crate) enum Left {
+    /// A point in time, and where it stood.
+    Point(Box<(Note, Loaded)>),
+    /// A populate.
+    Search(Box<(Notice, Search)>),
+}
+
+/// What a point in time, or a job, that was left looks like.
 #[derive(Debug)]
 pub struct Found {
     pub(crate) id: Uuid,
-    /// Where it stood; or why nobody can go on with it.
-    pub(crate) state: Result<(Note, Loaded), String>,
+    /// What is left; or why nobody can go on with it.
+    pub(crate) state: Result<Left, String>,
     /// The durable word that there was one.
     pub(crate) notice: Option<Notice>,
 }
@@ -96,7 +109,10 @@ pub struct Found {
 impl Found {
     /// The freeze that it needs.
     pub fn freeze(&self) -> Option<Uuid> {
-        self.state.as_ref().ok()?.0.freeze()
+        match self.state.as_ref().ok()? {
+            Left::Point(point) => point.0.freeze(),
+            Left::Search(search) => Some(search.1.freeze),
+        }
     }
 }
 
@@ -239,16 +255,18 @@ impl Haven {
 
     fn find_one(&self, id: Uuid) -> Found {
         let notice = self.read(id, Kind::Notice).ok().and_then(|bytes| Notice::decode(&bytes));
-        if let Some(slip) = self.read(id, Kind::Slip).ok().and_then(|bytes| Notice::decode(&bytes)) {
-            let reason = match (slip.boot() == self.boot, slip.commits) {
-                (false, _) => "the machine was started anew",
-                (true, false) if slip.job == Some(job::Kind::Backup) => {
-                    "nothing could be noted that it would go on with"
-                }
-                (true, false) => "jobs of its kind do not go on",
-                (true, true) => "its end was being stored, so look whether it succeeded",
+        if let Ok(bytes) = self.read(id, Kind::Slip) {
+            let Some(Written { notice: slip, search }) = Written::decode(&bytes) else {
+                return Found { id, state: Err("its note is damaged".to_owned()), notice };
             };
-            return Found { id, state: Err(reason.to_owned()), notice: Some(slip) };
+            let state = match search {
+                _ if slip.boot() != self.boot => Err("the machine was started anew"),
+                Some(search) if search.disk != self.disk => Err("the disk is another one"),
+                Some(search) => Ok(Left::Search(Box::new((slip.clone(), search)))),
+                None if slip.commits => Err(UNKNOWN_END),
+                None => Err("nothing could be noted that it would go on with"),
+            };
+            return Found { id, state: state.map_err(str::to_owned), notice: Some(slip) };
         }
         let load = || {
             let note = match self.read(id, Kind::Note) {
@@ -271,7 +289,7 @@ impl Haven {
                 .open(id, Kind::Ledger)
                 .and_then(|file| Loaded::read(file, id, self.disk))
                 .map_err(|error| format!("its ledger cannot be read: {error}"))?;
-            Ok((note, loaded))
+            Ok(Left::Point(Box::new((note, loaded))))
         };
         Found { id, state: load(), notice }
     }

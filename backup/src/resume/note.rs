@@ -10,10 +10,10 @@ use crate::cbw;
 use crate::job::{BitmapMode, Destination, Hold, Kind, OnError, OnFailure, Settings};
 use crate::point::PointOptions;
 use crate::source::FileId;
-use blkmark_bitmap::Granularity;
+use blkmark_bitmap::{Granularity, Mask};
 use serde_json::{Map, Value, json};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -73,15 +73,15 @@ pub struct Notice {
     /// What kind of a job; `None`: a point in time.
     pub(crate) job: Option<Kind>,
     /// What it comes to is being stored.
-    pub(super) commits: bool,
+    pub(crate) commits: bool,
 }
 
-fn sealed(value: &Value) -> Vec<u8> {
+pub(super) fn sealed(value: &Value) -> Vec<u8> {
     let text = value.to_string();
     format!("{:08x}\n{text}\n", crc32fast::hash(text.as_bytes())).into_bytes()
 }
 
-fn unsealed(bytes: &[u8]) -> Option<Value> {
+pub(super) fn unsealed(bytes: &[u8]) -> Option<Value> {
     let text = std::str::from_utf8(bytes).ok()?.strip_suffix('\n')?;
     let (checksum, text) = text.split_once('\n')?;
     let whole = checksum == format!("{:08x}", crc32fast::hash(text.as_bytes()));
@@ -89,17 +89,19 @@ fn unsealed(bytes: &[u8]) -> Option<Value> {
     (value["version"] == VERSION).then_some(value)
 }
 
-fn name_of<T: Copy + PartialEq>(names: &[(&'static str, T)], value: T) -> &'static str {
+pub(super) fn name_of<T: Copy + PartialEq>(names: &[(&'static str, T)], value: T) -> &'static str {
     names.iter().find(|(_, known)| *known == value).map_or("", |(name, _)| name)
 }
 
-fn named<T: Copy>(names: &[(&'static str, T)], value: &Value) -> Option<T> {
+pub(super) fn named<T: Copy>(names: &[(&'static str, T)], value: &Value) -> Option<T> {
     let name = value.as_str()?;
     names.iter().find(|(known, _)| *known == name).map(|(_, value)| *value)
 }
 
 const MODES: &[(&str, BitmapMode)] =
     &[("on-success", BitmapMode::OnSuccess), ("never", BitmapMode::Never), ("always", BitmapMode::Always)];
+pub(super) const MASKS: &[(&str, Mask)] =
+    &[("overwrite", Mask::Overwrite), ("union", Mask::Union), ("difference", Mask::Difference)];
 const ON_ERROR: &[(&str, OnError)] = &[
     ("report", OnError::Report),
     ("ignore", OnError::Ignore),
@@ -110,25 +112,71 @@ const ON_ERROR: &[(&str, OnError)] = &[
 const ON_CBW_ERROR: &[(&str, cbw::OnError)] =
     &[("break-snapshot", cbw::OnError::BreakSnapshot), ("break-guest-write", cbw::OnError::BreakGuestWrite)];
 
-fn file(id: FileId) -> Value {
+pub(super) fn file(id: FileId) -> Value {
     json!([id.device, id.inode])
 }
 
-fn to_file(value: &Value) -> Option<FileId> {
+pub(super) fn to_file(value: &Value) -> Option<FileId> {
     Some(FileId { device: value[0].as_u64()?, inode: value[1].as_u64()? })
 }
 
-fn uuid(value: &Value) -> Option<Uuid> {
+pub(super) fn uuid(value: &Value) -> Option<Uuid> {
     Uuid::try_parse(value.as_str()?).ok()
 }
 
-fn string(value: &Value) -> Option<String> {
+pub(super) fn string(value: &Value) -> Option<String> {
     value.as_str().map(str::to_owned)
 }
 
 /// `None` within where it is null.
-fn opt<T>(value: &Value, read: impl FnOnce(&Value) -> Option<T>) -> Option<Option<T>> {
+pub(super) fn opt<T>(value: &Value, read: impl FnOnce(&Value) -> Option<T>) -> Option<Option<T>> {
     if value.is_null() { Some(None) } else { read(value).map(Some) }
+}
+
+/// Any bytes may be one.
+pub(super) fn path(path: &Path) -> Value {
+    path.as_os_str().as_bytes().into()
+}
+
+pub(super) fn to_path(value: &Value) -> Option<PathBuf> {
+    let bytes: Option<Vec<u8>> = value.as_array()?.iter().map(|byte| u8::try_from(byte.as_u64()?).ok()).collect();
+    Some(PathBuf::from(std::ffi::OsString::from_vec(bytes?)))
+}
+
+pub(super) fn group((id, members): (Uuid, usize)) -> Value {
+    json!([id.to_string(), members])
+}
+
+pub(super) fn to_group(value: &Value) -> Option<(Uuid, usize)> {
+    Some((uuid(&value[0])?, usize::try_from(value[1].as_u64()?).ok()?))
+}
+
+/// The members that say how a job is to behave.
+pub(super) fn settings(settings: &Settings) -> Map<String, Value> {
+    let members = [
+        ("speed", settings.speed.into()),
+        ("auto-finalize", settings.auto_finalize.into()),
+        ("auto-dismiss", settings.auto_dismiss.into()),
+        ("on-source-error", name_of(ON_ERROR, settings.on_source_error).into()),
+        ("on-target-error", name_of(ON_ERROR, settings.on_target_error).into()),
+        ("max-guest-latency", u64::try_from(settings.guest_latency.as_micros()).unwrap_or(u64::MAX).into()),
+        ("copy-range", settings.sharing.into()),
+        ("keep", (settings.on_failure == OnFailure::Keep).into()),
+    ];
+    members.into_iter().map(|(name, value): (&str, Value)| (name.to_owned(), value)).collect()
+}
+
+pub(super) fn to_settings(value: &Value) -> Option<Settings> {
+    Some(Settings {
+        speed: value["speed"].as_u64()?,
+        auto_finalize: value["auto-finalize"].as_bool()?,
+        auto_dismiss: value["auto-dismiss"].as_bool()?,
+        on_source_error: named(ON_ERROR, &value["on-source-error"])?,
+        on_target_error: named(ON_ERROR, &value["on-target-error"])?,
+        guest_latency: Duration::from_micros(value["max-guest-latency"].as_u64()?),
+        sharing: value["copy-range"].as_bool()?,
+        on_failure: if value["keep"].as_bool()? { OnFailure::Keep } else { OnFailure::Reclaim },
+    })
 }
 
 fn millis(time: Duration) -> u64 {
@@ -206,27 +254,17 @@ impl Note {
 
 impl Member {
     fn encode(&self) -> Value {
-        let settings = &self.settings;
         let destination = match &self.destination {
             Destination::Node { name, options } => json!({ "node": name, "options": options }),
-            // Any bytes may be a path.
-            Destination::Path { path, format, existing } => {
-                json!({ "path": path.as_os_str().as_bytes(), "format": format, "existing": existing })
+            Destination::Path { path: target, format, existing } => {
+                json!({ "path": path(target), "format": format, "existing": existing })
             }
         };
         let hold = self.hold.as_ref().map(|hold| {
             json!({ "bitmap": hold.bitmap, "freeze": hold.freeze.to_string(), "mode": name_of(MODES, hold.mode) })
         });
-        json!({
+        let mut value = json!({
             "id": self.id,
-            "speed": settings.speed,
-            "auto-finalize": settings.auto_finalize,
-            "auto-dismiss": settings.auto_dismiss,
-            "on-source-error": name_of(ON_ERROR, settings.on_source_error),
-            "on-target-error": name_of(ON_ERROR, settings.on_target_error),
-            "max-guest-latency": u64::try_from(settings.guest_latency.as_micros()).unwrap_or(u64::MAX),
-            "copy-range": settings.sharing,
-            "keep": settings.on_failure == OnFailure::Keep,
             "paused": self.paused,
             "hold": hold,
             "of-bitmap": self.of_bitmap,
@@ -235,9 +273,13 @@ impl Member {
             "target": self.target.map(file),
             "follows": self.follows,
             "compress": self.compress,
-            "group": self.group.map(|(id, members)| json!([id.to_string(), members])),
+            "group": self.group.map(group),
             "error": self.error,
-        })
+        });
+        if let Some(members) = value.as_object_mut() {
+            members.extend(settings(&self.settings));
+        }
+        value
     }
 
     fn decode(value: &Value) -> Option<Self> {
@@ -251,26 +293,17 @@ impl Member {
                 Destination::Node { name, options: destination["options"].as_array().cloned().unwrap_or_default() }
             }
             None => {
-                let bytes: Option<Vec<u8>> =
-                    destination["path"].as_array()?.iter().map(|byte| u8::try_from(byte.as_u64()?).ok()).collect();
-                let path = PathBuf::from(std::ffi::OsString::from_vec(bytes?));
                 let format = opt(&destination["format"], string)?;
-                Destination::Path { path, format, existing: destination["existing"].as_bool()? }
+                Destination::Path {
+                    path: to_path(&destination["path"])?,
+                    format,
+                    existing: destination["existing"].as_bool()?,
+                }
             }
         };
-        let group = |value: &Value| Some((uuid(&value[0])?, usize::try_from(value[1].as_u64()?).ok()?));
         Some(Self {
             id: string(&value["id"])?,
-            settings: Settings {
-                speed: value["speed"].as_u64()?,
-                auto_finalize: value["auto-finalize"].as_bool()?,
-                auto_dismiss: value["auto-dismiss"].as_bool()?,
-                on_source_error: named(ON_ERROR, &value["on-source-error"])?,
-                on_target_error: named(ON_ERROR, &value["on-target-error"])?,
-                guest_latency: Duration::from_micros(value["max-guest-latency"].as_u64()?),
-                sharing: value["copy-range"].as_bool()?,
-                on_failure: if value["keep"].as_bool()? { OnFailure::Keep } else { OnFailure::Reclaim },
-            },
+            settings: to_settings(value)?,
             paused: value["paused"].as_bool()?,
             hold: opt(&value["hold"], hold)?,
             of_bitmap: value["of-bitmap"].as_bool()?,
@@ -279,14 +312,14 @@ impl Member {
             target: opt(&value["target"], to_file)?,
             follows: value["follows"].as_bool()?,
             compress: value["compress"].as_bool()?,
-            group: opt(&value["group"], group)?,
+            group: opt(&value["group"], to_group)?,
             error: opt(&value["error"], string)?,
         })
     }
 }
 
 impl Notice {
-    /// Of a job that does not go on.
+    /// Of a job without a ledger.
     pub(crate) fn of_job(boot: Uuid, name: String, kind: Kind) -> Self {
         Self { boot, name, job: Some(kind), commits: false }
     }
@@ -296,6 +329,10 @@ impl Notice {
     }
 
     pub(super) fn encode(&self) -> Vec<u8> {
+        sealed(&self.value())
+    }
+
+    pub(super) fn value(&self) -> Value {
         let mut value = Map::new();
         value.insert("version".into(), VERSION.into());
         value.insert("boot".into(), self.boot.to_string().into());
@@ -304,11 +341,14 @@ impl Notice {
             value.insert("type".into(), kind.name().into());
         }
         value.insert("commits".into(), self.commits.into());
-        sealed(&value.into())
+        value.into()
     }
 
     pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
-        let value = unsealed(bytes)?;
+        Self::of(&unsealed(bytes)?)
+    }
+
+    pub(super) fn of(value: &Value) -> Option<Self> {
         let (job, point) = (string(&value["job"]), string(&value["point"]));
         // What left none knew of no other.
         let kind = Kind::ALL.into_iter().find(|kind| value["type"] == kind.name()).unwrap_or(Kind::Backup);

@@ -117,9 +117,20 @@ pub struct FoundBitmap {
     /// The freeze that ended with the process; what was frozen is among the bits again, unless it is in `set`.
     pub frozen: Option<Uuid>,
     /// What is frozen still, since its freeze may be gone on with.
-    pub set: Option<Dirty>,
+    pub set: Option<Freeze>,
     /// Its bits, or why it is inconsistent.
     pub dirty: Result<Dirty, String>,
+}
+
+/// A freeze of a job that may be gone on with.
+#[derive(Clone, Debug)]
+pub struct Freeze {
+    /// What is frozen.
+    pub dirty: Dirty,
+    /// What took over records for that job although the bitmap does not.
+    pub for_job: bool,
+    /// The bitmap was made for what that job is to find, and is of no worth without it.
+    pub unfilled: bool,
 }
 
 /// A checkpoint.
@@ -245,15 +256,21 @@ impl<'a> Reader<'a> {
 
     fn bitmap(&mut self, bitmap: &super::record::BitmapRecord, live: &Result<Vec<Bits>, String>) -> FoundBitmap {
         let mut found = self.inconsistent(bitmap, Err("it was found inconsistent before".to_owned()));
-        if !bitmap.inconsistent {
-            let goes_on = bitmap.frozen.as_ref().filter(|frozen| !frozen.by_client && self.resume.contains(&frozen.id));
-            // If the set cannot be read, the freeze ends, and the bitmap is inconsistent for the same reason.
-            found.set = goes_on.and_then(|frozen| self.dirty(bitmap.granularity, &[&frozen.layers], None).ok());
-            let frozen = bitmap.frozen.as_ref().filter(|_| found.set.is_none()).map(|frozen| &frozen.layers);
-            let layers: Vec<&LayersRecord> = [&bitmap.layers].into_iter().chain(frozen).collect();
-            found.dirty = self.dirty(bitmap.granularity, &layers, bitmap.recording.then_some(live));
-            found.recording = bitmap.recording && found.dirty.is_ok();
+        let goes_on = bitmap.frozen.as_ref().filter(|frozen| !frozen.by_client && self.resume.contains(&frozen.id));
+        // If the set cannot be read, the freeze ends, and the bitmap is inconsistent for the same reason.
+        let set = goes_on.and_then(|frozen| self.dirty(bitmap.granularity, &[&frozen.layers], None).ok());
+        let (for_job, unfilled) = (bitmap.for_job, bitmap.inconsistent);
+        found.set = set.map(|dirty| Freeze { dirty, for_job, unfilled });
+        if unfilled && found.set.is_none() {
+            return found;
         }
+        let frozen = bitmap.frozen.as_ref().filter(|_| found.set.is_none()).map(|frozen| &frozen.layers);
+        // What was recorded for a job alone goes with it.
+        let own = Some(&bitmap.layers).filter(|_| !for_job || found.set.is_some());
+        let layers: Vec<&LayersRecord> = own.into_iter().chain(frozen).collect();
+        let records = bitmap.recording || for_job && found.set.is_some();
+        found.dirty = self.dirty(bitmap.granularity, &layers, records.then_some(live));
+        found.recording = bitmap.recording && found.dirty.is_ok();
         found
     }
 

@@ -24,8 +24,9 @@ use uuid::Uuid;
 pub const SLOTS: [&str; 2] = ["slot.0", "slot.1"];
 /// How a slot begins.
 pub const MAGIC: &[u8; 8] = b"BLKMKREC";
-/// The version that this code writes and reads.
-pub const VERSION: u32 = 1;
+/// The latest version that this code writes and reads. It writes the first where that says it all: the second has
+/// [`BitmapRecord::for_job`] besides, which a reader of the first must not take for damage.
+pub const VERSION: u32 = 2;
 const HEADER: usize = 48;
 /// No record is larger: thousands of bitmaps with the longest names.
 pub(crate) const MOST: usize = 64 << 20;
@@ -46,8 +47,10 @@ pub struct BitmapRecord {
     pub granularity: Granularity,
     /// Whether the live generation, and every later one, counts for it.
     pub recording: bool,
-    /// It may not be used any more.
+    /// It may not be used any more. With a freeze: unless whoever is to fill it goes on.
     pub inconsistent: bool,
+    /// It does not record, but what took over when it was frozen does, for the job that froze it alone.
+    pub for_job: bool,
     /// What it holds besides.
     pub layers: LayersRecord,
     /// The set that is frozen, if one is.
@@ -165,7 +168,7 @@ fn read_layers(input: &mut Decoder<'_>) -> Result<LayersRecord, Damage> {
 fn bitmap(out: &mut Encoder, bitmap: &BitmapRecord) {
     out.bytes(bitmap.name.as_bytes());
     out.granularity(bitmap.granularity);
-    out.u8(u8::from(bitmap.recording) | u8::from(bitmap.inconsistent) << 1);
+    out.u8(u8::from(bitmap.recording) | u8::from(bitmap.inconsistent) << 1 | u8::from(bitmap.for_job) << 2);
     layers(out, &bitmap.layers);
     out.option(bitmap.frozen.as_ref(), |out, frozen| {
         out.uuid(frozen.id);
@@ -202,19 +205,22 @@ fn read_contents(input: &mut Decoder<'_>) -> Result<Contents, Damage> {
 
 fn read_bitmap(input: &mut Decoder<'_>) -> Result<BitmapRecord, Damage> {
     let (name, granularity, flags) = (input.text()?, input.granularity()?, input.u8()?);
-    if name.is_empty() || name.len() > NAME_MAX || flags > 3 {
+    if name.is_empty() || name.len() > NAME_MAX || flags > 7 {
         return Err(Damage::Nonsense);
     }
-    Ok(BitmapRecord {
+    let bitmap = BitmapRecord {
         name,
         granularity,
         recording: flags & 1 != 0,
         inconsistent: flags & 2 != 0,
+        for_job: flags & 4 != 0,
         layers: read_layers(input)?,
         frozen: input.option(|input| {
             Ok(FrozenRecord { id: input.uuid()?, by_client: input.bool()?, layers: read_layers(input)? })
         })?,
-    })
+    };
+    let makes_sense = !bitmap.for_job || !bitmap.recording && bitmap.frozen.is_some();
+    if makes_sense { Ok(bitmap) } else { Err(Damage::Nonsense) }
 }
 
 impl Record {
@@ -248,7 +254,7 @@ impl Record {
         let body = out.0;
         let mut slot = Encoder::default();
         slot.0.extend(MAGIC);
-        slot.u32(VERSION);
+        slot.u32(self.version());
         slot.u32(body.len() as u32);
         slot.0.extend(Sha256::digest(&body));
         slot.0.extend(body);
@@ -262,7 +268,7 @@ impl Record {
             return Err(Damage::Foreign);
         }
         let version = input.u32()?;
-        if version != VERSION {
+        if !(1..=VERSION).contains(&version) {
             return Err(Damage::Version(version));
         }
         let len = input.u32()? as usize;
@@ -294,25 +300,34 @@ impl Record {
         };
         input.end()?;
         record.check()?;
-        Ok(record)
+        if record.version() == version { Ok(record) } else { Err(Damage::Nonsense) }
+    }
+
+    /// What of this record is in force, or may be.
+    fn all(&self) -> impl Iterator<Item = &Contents> {
+        [Some(&self.contents), self.prepared.as_ref().map(|prepared| &prepared.otherwise)].into_iter().flatten()
+    }
+
+    /// The first version that has all of it.
+    fn version(&self) -> u32 {
+        if self.all().flat_map(|contents| &contents.bitmaps).any(|bitmap| bitmap.for_job) { 2 } else { 1 }
     }
 
     /// What everybody relies on who reads a record.
     fn check(&self) -> Result<(), Damage> {
-        let all = || [Some(&self.contents), self.prepared.as_ref().map(|p| &p.otherwise)].into_iter().flatten();
         let objects = self.objects.len();
         let fits = |granularity: Granularity| granularity.bits_for(self.size) <= MOST_BITS;
         let sound = |granularity: Granularity, layers: &LayersRecord| {
             fits(granularity) && layers.objects.iter().all(|(object, at)| (*object as usize) < objects && fits(*at))
         };
-        let bitmaps = all().flat_map(|contents| &contents.bitmaps).all(|bitmap| {
+        let bitmaps = self.all().flat_map(|contents| &contents.bitmaps).all(|bitmap| {
             let frozen = bitmap.frozen.iter().map(|frozen| &frozen.layers);
             frozen.chain([&bitmap.layers]).all(|layers| sound(bitmap.granularity, layers))
         });
-        let mut checkpoints = all().flat_map(|contents| &contents.checkpoints);
+        let mut checkpoints = self.all().flat_map(|contents| &contents.checkpoints);
         let checkpoints = checkpoints.all(|checkpoint| sound(checkpoint.granularity, &checkpoint.layers));
         let live = self.live.as_ref().is_none_or(|live| fits(live.granularity));
-        let unique = all().all(|contents| {
+        let unique = self.all().all(|contents| {
             let mut names: Vec<&str> = contents.bitmaps.iter().map(|bitmap| bitmap.name.as_str()).collect();
             names.sort_unstable();
             names.windows(2).all(|pair| pair[0] != pair[1])

@@ -5,7 +5,7 @@
 
 use super::super::Control;
 use super::{Restored, Whole};
-use crate::job::OnFailure;
+use crate::job::{Kind, OnFailure};
 use crate::point::Point;
 use crate::resume::Role;
 use std::sync::Arc;
@@ -34,7 +34,7 @@ fn view(found: Whole<'_>, points: &[Restored]) -> Result<Arc<Point>, &'static st
     let is_its = |one: &&Restored| Some(one.id) == job.point && Arc::ptr_eq(&one.disk, found.disk);
     let node = points.iter().find(is_its).and_then(|one| one.named.as_ref());
     let node = node.ok_or("the point in time that it copies did not go on")?;
-    let lease = node.take_for_backup().map_err(|_| "the point in time that it copies is being removed")?;
+    let lease = node.take_for(Kind::Backup).map_err(|_| "the point in time that it copies is being removed")?;
     let once = job.settings.on_failure == OnFailure::Reclaim;
     node.point.restore_view(found.note.cluster, found.loaded, once, Box::new(lease))
 }

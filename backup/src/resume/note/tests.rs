@@ -1,6 +1,9 @@
 //! A note that is read is the one that was written, or there is none.
 
+use super::super::search::{Search, Sought};
+use super::super::slip::Written;
 use super::*;
+use crate::job::Older;
 
 fn notes() -> Vec<Note> {
     let job = Member {
@@ -56,14 +59,43 @@ fn notes() -> Vec<Note> {
     notes
 }
 
+fn slips() -> Vec<Written> {
+    let file = Some(FileId { device: 5, inode: 6 });
+    let differing = [
+        Older::Path {
+            path: PathBuf::from(std::ffi::OsString::from_vec(b"/b/\xfe".to_vec())),
+            format: "raw".to_owned(),
+            file,
+        },
+        Older::Node { name: "n".to_owned(), options: vec![serde_json::json!({"driver": "nbd"})], file: None },
+        Older::Point(Uuid::new_v4()),
+    ];
+    let search = |(sought, mask)| Search {
+        disk: FileId { device: 3, inode: 4 },
+        run: Some(Uuid::new_v4()),
+        settings: Settings { speed: 1, auto_finalize: false, on_source_error: OnError::Stop, ..Settings::default() },
+        paused: true,
+        bitmap: "b\"\n".to_owned(),
+        freeze: Uuid::new_v4(),
+        sought,
+        mask,
+        group: Some((Uuid::new_v4(), 2)),
+    };
+    let sought = [Sought::All, Sought::Allocated].into_iter().chain(differing.into_iter().map(Sought::Differing));
+    let masks = [Mask::Overwrite, Mask::Union, Mask::Difference].into_iter().cycle();
+    let searches = sought.zip(masks).map(|what| (Kind::Populate, Some(search(what))));
+    let written = |((kind, search), commits)| {
+        let notice = Notice { commits, ..Notice::of_job(Uuid::new_v4(), "job".to_owned(), kind) };
+        Written { notice, search }
+    };
+    let jobs = Kind::ALL.into_iter().map(|kind| (kind, None)).chain(searches);
+    jobs.flat_map(|job| [(job.clone(), false), (job, true)]).map(written).collect()
+}
+
 #[test]
 fn so_it_is_of_a_slip() {
-    for kind in Kind::ALL {
-        let notice = Notice::of_job(Uuid::new_v4(), "job".to_owned(), kind);
-        for commits in [false, true] {
-            let notice = Notice { commits, ..notice.clone() };
-            assert_eq!(Notice::decode(&notice.encode()), Some(notice));
-        }
+    for slip in slips() {
+        assert_eq!(Written::decode(&slip.encode()), Some(slip));
     }
 }
 
@@ -77,22 +109,23 @@ fn what_is_read_is_what_was_written() {
 
 #[test]
 fn a_flipped_byte_or_a_missing_end_leaves_nothing() {
-    for note in notes() {
-        for (bytes, is_note) in [(note.encode(), true), (note.notice().encode(), false)] {
-            let reads = |bytes: &[u8]| match is_note {
-                true => Note::decode(bytes).is_some(),
-                false => Notice::decode(bytes).is_some(),
-            };
-            assert!(reads(&bytes));
-            for len in 0..bytes.len() {
-                assert!(!reads(&bytes[..len]), "{len} bytes");
-            }
-            for at in 0..bytes.len() {
-                for mask in [0x01, 0x20, 0xff] {
-                    let mut flipped = bytes.clone();
-                    flipped[at] ^= mask;
-                    assert!(!reads(&flipped), "byte {at}");
-                }
+    type Reads = fn(&[u8]) -> bool;
+    let note = |bytes: &[u8]| Note::decode(bytes).is_some();
+    let notice = |bytes: &[u8]| Notice::decode(bytes).is_some();
+    let slip = |bytes: &[u8]| Written::decode(bytes).is_some();
+    let slips = slips().into_iter().map(|written| (written.encode(), slip as Reads));
+    let notes = notes();
+    let notes = notes.iter().flat_map(|of| [(of.encode(), note as Reads), (of.notice().encode(), notice as Reads)]);
+    for (bytes, reads) in notes.chain(slips) {
+        assert!(reads(&bytes));
+        for len in 0..bytes.len() {
+            assert!(!reads(&bytes[..len]), "{len} bytes");
+        }
+        for at in 0..bytes.len() {
+            for mask in [0x01, 0x20, 0xff] {
+                let mut flipped = bytes.clone();
+                flipped[at] ^= mask;
+                assert!(!reads(&flipped), "byte {at}");
             }
         }
     }

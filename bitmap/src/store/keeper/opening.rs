@@ -105,9 +105,9 @@ impl Keeper {
                 Ok(dirty) => {
                     know(dirty);
                     draft.restore(bitmap.name.clone(), bitmap.granularity, bitmap.recording, dirty.bits.clone());
-                    if let (Some(id), Some(set)) = (bitmap.frozen, &bitmap.set) {
-                        know(set);
-                        draft.restore_frozen(&bitmap.name, id, set.bits.clone());
+                    if let (Some(id), Some(freeze)) = (bitmap.frozen, &bitmap.set) {
+                        know(&freeze.dirty);
+                        draft.restore_frozen(&bitmap.name, id, freeze);
                     }
                 }
                 Err(_) => draft.restore_inconsistent(bitmap.name.clone(), bitmap.granularity),

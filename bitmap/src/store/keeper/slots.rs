@@ -179,6 +179,7 @@ impl Keeper {
                         granularity: bitmap.layers().granularity(),
                         recording: false,
                         inconsistent: true,
+                        for_job: false,
                         layers: LayersRecord::default(),
                         frozen: None,
                     })

@@ -64,8 +64,7 @@ impl<'a> Writer<'a> {
                 }),
                 None => None,
             };
-            // What a disabled bitmap's successor records, a job alone wants: with the process, that job is over.
-            let layers = match bitmap.is_inconsistent() || bitmap.for_job {
+            let layers = match bitmap.is_inconsistent() {
                 true => LayersRecord::default(),
                 false => self.layers(bitmap.layers())?,
             };
@@ -74,6 +73,7 @@ impl<'a> Writer<'a> {
                 granularity: bitmap.layers().granularity(),
                 recording: bitmap.is_recording(),
                 inconsistent: bitmap.is_inconsistent() || bitmap.unfilled,
+                for_job: bitmap.for_job,
                 layers,
                 frozen,
             });
