@@ -27,7 +27,7 @@ const BLOCK: u64 = 64;
 const COVERED: usize = 16;
 
 /// How a record names an object.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ObjectRef {
     /// Its number, never used again in its store.
     pub number: u64,

@@ -166,7 +166,8 @@ struct Reader<'a> {
     record: &'a Record,
     /// Freezes that do not end here.
     resume: &'a [Uuid],
-    objects: HashMap<u64, Result<Arc<Bits>, String>>,
+    /// By all that a record says of one: what it says may be nonsense, as two checksums for one file.
+    objects: HashMap<ObjectRef, Result<Arc<Bits>, String>>,
 }
 
 /// Reads all that `record` names. `disk`: the disk as it is now, if it is known; `maps`: what was left on tmpfs.
@@ -338,7 +339,7 @@ impl<'a> Reader<'a> {
             let bits = bytes.and_then(|bytes| object::decode(store, named, &bytes));
             bits.map(Arc::new).map_err(|damage| format!("'{}' is damaged: {damage}", named.file()))
         };
-        self.objects.entry(named.number).or_insert_with(read).clone()
+        self.objects.entry(*named).or_insert_with(read).clone()
     }
 
     /// What was marked in the generation that was being written, and in every later one.

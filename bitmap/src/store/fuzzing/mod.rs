@@ -3,12 +3,15 @@
 //! Promises: whatever lies in a store's directory and where its live maps are, opening it neither panics nor takes memory without
 //! end; the disk is served, its writes are marked in all bitmaps that record and are shown as good; what a clean end leaves is
 //! found again, bit by bit. And where a true store was damaged and no checksum was made to fit, no bitmap that is shown as
-//! good has less than what was written while it recorded.
+//! good has less than what was written while it recorded, for itself or for a job that froze it and goes on.
 
 mod memory;
 mod seal;
 
+use super::reading::{self, Slots};
 use super::{Maps, NoMaps, Place, Shm, Stamp};
+use crate::bits::Bits;
+use crate::fill::Mask;
 use crate::flip::commit;
 use crate::named::Draft;
 use crate::tracker::{Admitted, Tracker};
@@ -21,7 +24,8 @@ use uuid::Uuid;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 256 * MIB;
-/// Written while both bitmaps recorded; after "off" did not any more; and after that, in an extent that is still hot.
+/// Written while all bitmaps recorded; after "off" did not any more, nor "held" but for its job; and after that, in an extent that
+/// is still hot.
 const WRITTEN: [u64; 3] = [0, 33 * MIB, 255 * MIB];
 const AFTER: u64 = 100 * MIB;
 const LAST: u64 = 200 * MIB;
@@ -63,12 +67,14 @@ struct Left {
     maps: Files,
 }
 
+/// Whatever is frozen there is gone on with, if it can be.
 fn open(medium: &Arc<Memory>, maps: Box<dyn Maps>) -> Arc<Tracker> {
-    Tracker::open_idle(
-        Place { medium: Arc::clone(medium) as _, maps, disk: stamp(), flush: Arc::new(|| Ok(())), resume: Vec::new() },
-        1,
-        4,
-    )
+    let resume = match reading::slots(&**medium) {
+        Slots::Found(record, _) => record.contents.bitmaps.iter().filter_map(|b| Some(b.frozen.as_ref()?.id)).collect(),
+        _ => Vec::new(),
+    };
+    let place = Place { medium: Arc::clone(medium) as _, maps, disk: stamp(), flush: Arc::new(|| Ok(())), resume };
+    Tracker::open_idle(place, 1, 4)
 }
 
 /// One write of a guest, from admission to its end. It is never refused and never hangs.
@@ -96,20 +102,26 @@ fn edit(tracker: &Arc<Tracker>, change: impl FnOnce(&mut Draft)) {
     commit(vec![begun]).unwrap();
 }
 
-/// A store with a bitmap that records and one that does not any more, ended cleanly or killed.
+/// A store with a bitmap that records and one that does not any more, ended cleanly; or killed, with one more, which records for a job
+/// alone.
 fn truth(clean: bool) -> Left {
     let tmpfs = Tmpfs::new();
     let shm = tmpfs.as_ref().and_then(|tmpfs| Shm::new(&tmpfs.0));
     let medium = Memory::new(Files::new());
     let tracker = open(&medium, shm.map_or_else(|| Box::new(NoMaps) as _, |shm| Box::new(shm) as _));
+    let names = ["on", "off", "held"];
+    let names = &names[..if clean { 2 } else { 3 }];
     edit(&tracker, |draft| {
-        for name in ["on", "off"] {
+        for name in names {
             draft.add(name, Granularity::DEFAULT, false).unwrap();
             draft.keep(name).unwrap();
         }
     });
     WRITTEN.iter().for_each(|offset| write(&tracker, *offset));
-    edit(&tracker, |draft| draft.disable("off").unwrap());
+    edit(&tracker, |draft| {
+        names[1..].iter().for_each(|name| draft.disable(name).unwrap());
+        names[2..].iter().for_each(|name| drop(draft.freeze_recording(name).unwrap()));
+    });
     write(&tracker, AFTER);
     tracker.cool();
     tracker.cool();
@@ -241,6 +253,13 @@ fn look(files: Files, maps: Box<dyn Maps>, truth: bool) {
         assert!(recording || bits.set_bits() == WRITTEN.len() as u64, "{name} does not record and changed");
     }
     write(&tracker, NOW);
+    for (name, freeze) in tracker.list().into_iter().filter_map(|info| Some((info.name, info.frozen?))) {
+        let nothing = Bits::new(Granularity::DEFAULT, SIZE);
+        edit(&tracker, |draft| draft.fill(&name, freeze, &nothing, Mask::Union).unwrap());
+        let bits = tracker.bits(&name).unwrap();
+        let has = |offset: &u64| bits.any(ByteRange::new(*offset, 1));
+        assert!(!truth || WRITTEN.iter().chain(&[AFTER, LAST, NOW]).all(has), "{name} lost what was written for a job");
+    }
     tracker.cool();
     tracker.cool();
     if tracker.persistence().is_ok() && tracker.list().iter().all(|info| info.name != "new") {

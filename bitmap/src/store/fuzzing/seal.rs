@@ -34,10 +34,15 @@ fn slot(bytes: &mut Vec<u8>) {
     let told = u32::from_le_bytes(bytes[12..16].try_into().unwrap()) as usize;
     let len = if told <= room { told } else { room };
     bytes[..8].copy_from_slice(MAGIC);
-    bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
     bytes[12..16].copy_from_slice(&(len as u32).to_le_bytes());
     let sum = Sha256::digest(&bytes[SLOT..SLOT + len]);
     bytes[16..SLOT].copy_from_slice(&sum);
+    for version in 1..=VERSION {
+        bytes[8..12].copy_from_slice(&version.to_le_bytes());
+        if Record::decode(bytes).is_ok() {
+            break;
+        }
+    }
 }
 
 fn object_file(number: u64, sequence: u64, bytes: &mut Vec<u8>) {
