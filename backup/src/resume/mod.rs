@@ -4,7 +4,8 @@
 //! the kernel keeps what was written: a *ledger* (`ledger`: where each saved unit is, which units the target holds) and a *note*
 //! (`note`: what the point is for) on tmpfs, and a *notice* where scratch is, durable, which says no more than that there was one,
 //! for the case that the machine goes (`announce`). A copy of a point with a name has a ledger, a note and a notice of its own, beside
-//! the same scratch. A job without a point leaves a *slip* (`slip`) and a notice: a populate notes what to search anew (`search`). Nothing of it is synced while a guest waits.
+//! the same scratch. A job without a point leaves a *slip* (`slip`) and a notice: a populate notes what to search anew (`search`).
+//! Nothing of it is synced while a guest waits.
 //!
 //! Called by `point` and `cbw`, which keep the ledger; by `job`, which keeps the note; by the daemon at a start ([`Haven::find`]),
 //! before the store is opened, and by `control::resume`, which makes jobs of what was found.
