@@ -84,6 +84,7 @@ pub fn run(options: &Options) -> Result<Value> {
             |who: &dyn Fn(&Copier) -> bool| rows.iter().find(|(copier, _)| who(copier)).map(|(_, rounds)| rounds);
         let qsd = find(&|copier| *copier == Copier::Server(Contender::Qsd));
         let cp = find(&|copier| copier.name() == "cp");
+        let blkmark = find(&|copier| *copier == Copier::Server(Contender::Blkmark));
         for (copier, rounds) in &rows {
             let of = |figure: fn(&Copied) -> f64| median(rounds.iter().map(figure).collect());
             let (rate, cpu) = (of(|copied| copied.rate) / 1e9, of(|copied| copied.cpu));
@@ -91,8 +92,14 @@ pub fn run(options: &Options) -> Result<Value> {
                 let ratios = to.map(|to| rounds.iter().zip(to).map(|(copied, to)| copied.rate / to.rate).collect());
                 ratios.map_or(String::new(), |ratios| format!("{:>7.2} x {name}", median(ratios)))
             };
-            let (to_qsd, to_cp) = (ratio("qsd", qsd), ratio("cp", cp));
-            println!("{:<18}{rate:>8.2} GB/s{cpu:>8.3} s of processors a GB{to_qsd}{to_cp}", copier.name());
+            let (to_qsd, to_cp, to_us) = (ratio("qsd", qsd), ratio("cp", cp), ratio("blkmark", blkmark));
+            let (least, most) = rounds.iter().fold((f64::MAX, 0.0_f64), |(least, most), copied| {
+                (least.min(copied.rate / 1e9), most.max(copied.rate / 1e9))
+            });
+            println!(
+                "{:<18}{rate:>6.2} GB/s ({least:.2} to {most:.2}){cpu:>7.3} s of processors a GB{to_qsd}{to_cp}{to_us}",
+                copier.name()
+            );
         }
     }
     let figures = |rounds: &[Copied], of: fn(&Copied) -> f64| rounds.iter().map(of).collect::<Vec<f64>>();

@@ -2,9 +2,10 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::process::Signal;
@@ -16,6 +17,10 @@ use super::warm::warm;
 use crate::bench::target::{check_room, fill};
 use crate::process::Process;
 use crate::tools;
+
+/// For so long a device has to do nothing, and so often that is looked for: others may be at it all the time.
+const QUIET: Duration = Duration::from_millis(300);
+const PATIENCE: u32 = 20;
 
 /// A folder with a disk.
 pub struct Place {
@@ -82,11 +87,13 @@ impl Place {
     }
 
     /// Writes back what is dirty and forgets what is cached of the disk, so that nobody finds it warm; has memory at
-    /// hand, if that was asked for.
+    /// hand, if that was asked for. Waits for what earlier runs have left to do: the file system frees the blocks of files that are gone
+    /// in the background, and may tell the device of each.
     pub fn settle(&self) -> Result<()> {
         let file = File::open(&self.disk)?;
-        file.sync_all()?;
+        rustix::fs::syncfs(&file)?;
         rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        wait_for_device(&file)?;
         warm(self.warm)
     }
 
@@ -103,6 +110,22 @@ impl Place {
         }
         Ok(())
     }
+}
+
+/// Waits until the device under the file has had nothing to do for a while. What has none, as tmpfs, is always ready.
+fn wait_for_device(file: &File) -> Result<()> {
+    let device = file.metadata()?.dev();
+    let counters = format!("/sys/dev/block/{}:{}/stat", rustix::fs::major(device), rustix::fs::minor(device));
+    let mut last = None;
+    for _ in 0..PATIENCE {
+        let Ok(now) = std::fs::read_to_string(&counters) else { return Ok(()) };
+        if last.as_ref() == Some(&now) {
+            break;
+        }
+        last = Some(now);
+        std::thread::sleep(QUIET);
+    }
+    Ok(())
 }
 
 /// An NBD server that takes only so much: `qemu-storage-daemon` with its throttle filter, the same for everybody.
