@@ -22,7 +22,7 @@ use std::thread::Scope;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 pub(crate) use worker::STEPS_A_SECOND;
-use worker::{NOTED_EVERY, Shared, Worker};
+use worker::{Shared, Worker};
 
 /// Workers for long runs: while one reads the other writes. More take turns on one disk, which is then slower than it is with two
 /// (docs/performance.md), and each costs a buffer of `CHUNK`.
@@ -123,7 +123,7 @@ pub fn run(
     let workers = extent.workers(chunk);
     let pace = Pace::new(point.pulse(), control, chunk, workers);
     let deal = Mutex::new(Deal::new(point, plan, target.stride()));
-    let unreleased = Mutex::new((Vec::new(), Instant::now() + NOTED_EVERY));
+    let unreleased = Mutex::new((Vec::new(), Instant::now() + target.noted_every()));
     let shared = Shared { point, target, control, on_error, deal, pace, chunk, unreleased };
     let failure: Mutex<Option<CopyError>> = Mutex::new(None);
     let (hired, shared, failure) = (AtomicU64::new(WORKERS.min(workers)), &shared, &failure);

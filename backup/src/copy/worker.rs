@@ -21,11 +21,9 @@ use std::time::{Duration, Instant};
 /// Most runs in a hand: a worker that is told to stop finishes its hand first.
 const HAND: usize = 64;
 
-/// How often it is noted what the target holds, so that another process could go on: a target that holds things back (a qcow2 its
-/// tables, an NBD server what it has not flushed) brings them out, and the point lets go.
-pub(super) const NOTED_EVERY: Duration = Duration::from_millis(100);
-
-/// So much more often than it notes it does something else.
+/// It is noted now and then what the target holds, so that another process could go on: a target that holds things back (a qcow2 its
+/// tables, an NBD server what it has not flushed) brings them out, and the point lets go. So much longer than that takes it does
+/// something else.
 const SELDOM: u32 = 8;
 
 /// Steps of a copy whose speed is bounded, if clusters are small enough.
@@ -72,7 +70,7 @@ impl<'a> Shared<'a> {
             if now < unreleased.1 {
                 return;
             }
-            unreleased.1 = now + NOTED_EVERY;
+            unreleased.1 = now + self.target.noted_every();
             std::mem::take(&mut unreleased.0)
         };
         // Only what was written before it.

@@ -9,6 +9,7 @@
 //! Invariant: nothing is written to an export of another size, or read from it. That it is the same export otherwise nobody can tell.
 
 use super::client::{ClientError, ClientSettings};
+use super::target::FLUSHED_EVERY;
 use super::{Address, NbdReader, NbdTarget};
 use crate::source::{BlockStatus, FileId, Source};
 use crate::target::{Policy, Target, os_text};
@@ -231,6 +232,10 @@ impl Target for LateTarget {
 
     fn note_down(&self) -> io::Result<()> {
         self.late.there()?.note_down()
+    }
+
+    fn noted_every(&self) -> Duration {
+        FLUSHED_EVERY
     }
 
     fn flush(&self) -> io::Result<()> {

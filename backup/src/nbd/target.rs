@@ -11,12 +11,17 @@ use crate::source::FileId;
 use crate::target::{Policy, Target};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// Longest range that a server is asked to zero at once, so that each answer comes in time.
 const ZEROES_MAX: u64 = 128 << 20;
 
 /// Bounds of the natural unit of writing, whatever the server prefers.
 const CLUSTERS: std::ops::RangeInclusive<u32> = 64 << 10..=2 << 20;
+
+/// How often a copy has the server flush, if that is quick. Little and often: where its file is on the guest's disk, all that was written
+/// since is ahead of the guest's next request then.
+pub(super) const FLUSHED_EVERY: Duration = Duration::from_millis(20);
 
 /// An export that is written.
 #[derive(Debug)]
@@ -125,6 +130,10 @@ impl Target for NbdTarget {
     /// The server may go with us: what it answered and has not flushed is nowhere.
     fn note_down(&self) -> io::Result<()> {
         self.flush()
+    }
+
+    fn noted_every(&self) -> Duration {
+        FLUSHED_EVERY
     }
 
     fn flush(&self) -> io::Result<()> {

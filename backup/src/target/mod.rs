@@ -34,6 +34,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 /// Something that a backup is written into.
 ///
@@ -105,6 +106,11 @@ pub trait Target: Send + Sync {
     /// since it may take something.
     fn note_down(&self) -> io::Result<()> {
         Ok(())
+    }
+
+    /// How often to have it note down, at most.
+    fn noted_every(&self) -> Duration {
+        Duration::from_millis(100)
     }
 
     /// Returns when everything written so far is durable. An error is final: later calls fail too.
