@@ -151,7 +151,7 @@ pub struct Load {
     pub file: u64,
     /// Guest writes that are held.
     pub held: usize,
-    /// The longest that one was held until its old data was kept, since the first point of those that are there.
+    /// The longest that one was held, from when a gate said so until its old data was kept, since the first point of those that are there.
     pub longest_hold: Duration,
     /// The longest that it took to keep the old data of a unit: to read it and to write it to scratch.
     pub longest_save: Duration,
@@ -288,8 +288,8 @@ impl CopyBeforeWrite {
     }
 
     /// Takes in a held write, or saves what it needs saved at once. `resume` may be called from here.
-    pub(crate) fn hold(&self, point: u64, range: ByteRange, resume: Resume) {
-        if self.save_at_once(point, range) {
+    pub(crate) fn hold(&self, point: u64, range: ByteRange, since: Instant, resume: Resume) {
+        if self.save_at_once(point, range, since) {
             return resume(Verdict::Again);
         }
         let mut state = self.state();
@@ -299,7 +299,7 @@ impl CopyBeforeWrite {
         }
         let id = state.next;
         state.next += 1;
-        let held = Held { point, range, since: Instant::now(), resume };
+        let held = Held { point, range, since, resume };
         // While its point is not in the books yet, nobody knows for how long it may be held.
         let unseen = match (state.deadline(&held), state.watched) {
             (Some((at, _)), Some(until)) => at < until,

@@ -37,7 +37,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 use view::View;
 
@@ -275,8 +275,8 @@ impl Gate for Point {
         admitted
     }
 
-    fn hold(&self, range: ByteRange, resume: Resume) {
-        self.cbw.hold(self.face.key, range, resume);
+    fn hold(&self, range: ByteRange, since: Instant, resume: Resume) {
+        self.cbw.hold(self.face.key, range, since, resume);
     }
 }
 

@@ -226,7 +226,7 @@ fn hold(point: &Arc<Point>, at: u64) -> mpsc::Receiver<Verdict> {
 
 fn hold_range(point: &Arc<Point>, range: ByteRange) -> mpsc::Receiver<Verdict> {
     let (tx, rx) = mpsc::channel();
-    point.gate().hold(range, Box::new(move |verdict| tx.send(verdict).unwrap()));
+    point.gate().hold(range, Instant::now(), Box::new(move |verdict| tx.send(verdict).unwrap()));
     rx
 }
 

@@ -15,6 +15,7 @@ use shuttle::sync::{Condvar, Mutex};
 use shuttle::thread;
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 const SECTOR: u64 = 512;
 const CLUSTER: u64 = 1024;
@@ -106,7 +107,7 @@ impl Scene {
                 *there.0.lock().unwrap() = true;
                 there.1.notify_all();
             };
-            gate.hold(range, Box::new(resume));
+            gate.hold(range, Instant::now(), Box::new(resume));
             let mut resumed = bell.0.lock().unwrap();
             while !*resumed {
                 resumed = bell.1.wait(resumed).unwrap();

@@ -12,6 +12,7 @@ use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
+use std::time::Instant;
 
 /// Not whole units: the last one is cut.
 const SIZE: u64 = (2 << 20) + 4096;
@@ -96,7 +97,7 @@ impl Lab {
                 Admitted::Beyond => panic!("beyond the end"),
                 Admitted::Held(gate) => {
                     let (tx, rx) = mpsc::channel();
-                    gate.hold(range, Box::new(move |verdict| tx.send(verdict).unwrap()));
+                    gate.hold(range, Instant::now(), Box::new(move |verdict| tx.send(verdict).unwrap()));
                     assert_eq!(rx.recv().unwrap(), Verdict::Again);
                 }
             }
@@ -335,7 +336,7 @@ fn a_point_that_comes_while_the_last_one_goes_saves_what_is_overwritten() {
     }));
     let (come, comes) = mpsc::channel();
     let beside = Arc::clone(&lab);
-    last.gate().hold(ByteRange::new(0, BLOCK), Box::new(move |_| come.send(beside.point().0).unwrap()));
+    last.gate().hold(ByteRange::new(0, BLOCK), Instant::now(), Box::new(move |_| come.send(beside.point().0).unwrap()));
     is_reading.recv().unwrap();
     let mut change = lab.node.tracker.begin();
     change.disarm(last.gate());

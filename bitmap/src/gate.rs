@@ -1,6 +1,7 @@
 //! What the write path asks before a write may go: the seam between marking here and copy-before-write in `backup`.
 
 use crate::units::ByteRange;
+use std::time::Instant;
 
 /// What becomes of a held write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +22,7 @@ pub trait Gate: Send + Sync {
     fn admits(&self, range: ByteRange) -> bool;
 
     /// Asks, outside of any critical section, to make `range` admissible; does not wait. `resume` is called when that is
-    /// done or given up by policy, perhaps before this returns. The write then asks every gate again.
-    fn hold(&self, range: ByteRange, resume: Resume);
+    /// done or given up by policy, perhaps before this returns. The write then asks every gate again. `since`: when it was found
+    /// that the write has to wait.
+    fn hold(&self, range: ByteRange, since: Instant, resume: Resume);
 }

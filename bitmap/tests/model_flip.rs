@@ -15,6 +15,7 @@ use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use shuttle::sync::{Condvar, Mutex};
 use shuttle::thread;
 use std::sync::Arc;
+use std::time::Instant;
 
 const BLOCK: ByteRange = ByteRange::new(0, 512);
 const ROUNDS: usize = 20_000;
@@ -72,6 +73,7 @@ impl Scene {
                     let there = Arc::clone(&bell);
                     gate.hold(
                         BLOCK,
+                        Instant::now(),
                         Box::new(move |_| {
                             *there.0.lock().unwrap() = true;
                             there.1.notify_all();
@@ -111,7 +113,7 @@ impl Gate for Closed {
         self.open.load(Ordering::SeqCst)
     }
 
-    fn hold(&self, _: ByteRange, resume: Resume) {
+    fn hold(&self, _: ByteRange, _: Instant, resume: Resume) {
         let mut held = self.held.lock().unwrap();
         if self.open.load(Ordering::SeqCst) {
             drop(held);

@@ -27,6 +27,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 use uuid::Uuid;
 
 const MIB: u64 = 1 << 20;
@@ -590,7 +591,11 @@ impl World {
             Admitted::Held(gate) => {
                 let go = Arc::new(AtomicBool::new(false));
                 let there = Arc::clone(&go);
-                gate.hold(range, Box::new(move |verdict| there.store(verdict == Verdict::Again, Ordering::SeqCst)));
+                gate.hold(
+                    range,
+                    Instant::now(),
+                    Box::new(move |verdict| there.store(verdict == Verdict::Again, Ordering::SeqCst)),
+                );
                 self.held.borrow_mut().push((range, slot, go));
                 self.serve();
             }

@@ -11,6 +11,7 @@ use blkmark_bitmap::tracker::Admitted;
 use blkmark_bitmap::{Bits, ByteRange, Granularity, Mask, Tracker, commit};
 use medium::{Faults, Files, Random, SimMaps, SimMedium};
 use std::sync::Arc;
+use std::time::Instant;
 use uuid::Uuid;
 
 const MIB: u64 = 1 << 20;
@@ -41,7 +42,7 @@ fn write(tracker: &Arc<Tracker>, offset: u64) {
         match admitted {
             Admitted::Go => return lane.finish(0),
             Admitted::Held(gate) => {
-                gate.hold(ByteRange::new(offset, 4096), Box::new(|_| {}));
+                gate.hold(ByteRange::new(offset, 4096), Instant::now(), Box::new(|_| {}));
                 assert!(tracker.serve_store());
             }
             Admitted::Beyond => unreachable!(),

@@ -12,6 +12,7 @@ use medium::{Faults, Files, Random, SimMaps, SimMedium};
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 use uuid::Uuid;
 
 const MIB: u64 = 1 << 20;
@@ -100,7 +101,7 @@ fn write(tracker: &Arc<Tracker>, range: ByteRange) {
         match admitted {
             Admitted::Go => return lane.finish(0),
             Admitted::Held(gate) => {
-                gate.hold(range, Box::new(|_| {}));
+                gate.hold(range, Instant::now(), Box::new(|_| {}));
                 assert!(tracker.serve_store());
             }
             Admitted::Beyond => unreachable!(),

@@ -81,7 +81,7 @@ pub(super) struct QueueThread {
     /// Changes that ask for admission in this round.
     changes: Vec<usize>,
     /// Changes that a gate holds, and that it has not been told of yet.
-    held: VecDeque<(usize, ByteRange, Arc<dyn Gate>)>,
+    held: VecDeque<(usize, ByteRange, Instant, Arc<dyn Gate>)>,
     /// Requests whose operation is to be queued in this round.
     ready: Vec<usize>,
     /// Heads whose answers stand in the used ring and are not shown yet.
@@ -260,7 +260,7 @@ impl QueueThread {
                     place.registered = true;
                     self.ready.push(index);
                 }
-                Admitted::Held(gate) => self.held.push_back((index, range, gate)),
+                Admitted::Held(gate) => self.held.push_back((index, range, Instant::now(), gate)),
                 Admitted::Beyond => beyond.push(index),
             }
         }
@@ -274,10 +274,10 @@ impl QueueThread {
     /// Hands held writes to their gates, behind all that can be begun or answered without waiting.
     fn hand_over(&mut self) {
         let mut began = None;
-        while let Some((index, range, gate)) = self.held.pop_front() {
+        while let Some((index, range, since, gate)) = self.held.pop_front() {
             let began = *began.get_or_insert_with(Instant::now);
             let inbox = Arc::clone(&self.inbox);
-            gate.hold(range, Box::new(move |verdict| inbox.send(Message::Decided(index, verdict))));
+            gate.hold(range, since, Box::new(move |verdict| inbox.send(Message::Decided(index, verdict))));
             if began.elapsed() >= HAND_OVER_FOR {
                 break;
             }

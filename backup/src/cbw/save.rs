@@ -97,12 +97,11 @@ impl CopyBeforeWrite {
     }
 
     /// Saves what a write of `range` needs saved for `point`, if nothing has to be waited for. If not, part of it may be saved.
-    pub(super) fn save_at_once(&self, point: u64, range: ByteRange) -> bool {
+    pub(super) fn save_at_once(&self, point: u64, range: ByteRange, since: Instant) -> bool {
         let units = self.unit.cover(range);
         if !self.source.is_memory() || units.end - units.start > FEW {
             return false;
         }
-        let began = Instant::now();
         let spare = {
             let mut state = self.state();
             // Its commit is in force, but the writes that it left in flight are not known here yet.
@@ -116,7 +115,7 @@ impl CopyBeforeWrite {
         let mut state = self.state();
         state.spare = Some(buffer);
         if done {
-            state.longest_hold = state.longest_hold.max(began.elapsed());
+            state.longest_hold = state.longest_hold.max(since.elapsed());
         }
         done
     }

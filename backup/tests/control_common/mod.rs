@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub const MIB: u64 = 1 << 20;
 pub const CLUSTER: u64 = 64 * 1024;
@@ -152,7 +152,7 @@ impl Disk {
                 Admitted::Beyond => panic!("a write beyond the end"),
                 Admitted::Held(gate) => {
                     let (tx, rx) = mpsc::channel();
-                    gate.hold(range, Box::new(move |verdict| tx.send(verdict).unwrap()));
+                    gate.hold(range, Instant::now(), Box::new(move |verdict| tx.send(verdict).unwrap()));
                     if rx.recv_timeout(GIVE_UP).expect("a held write is let go") == Verdict::Refused {
                         return false;
                     }

@@ -273,7 +273,7 @@ impl Gate for Heat {
         hot(first) && (first == last || (first + 1..=last).all(hot))
     }
 
-    fn hold(&self, range: ByteRange, resume: Resume) {
+    fn hold(&self, range: ByteRange, _: Instant, resume: Resume) {
         let mut waiting = lock(&self.waiting);
         if waiting.given_up {
             drop(waiting);

@@ -20,6 +20,7 @@ use memory::{Files, Memory};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 use uuid::Uuid;
 
 const MIB: u64 = 1 << 20;
@@ -85,7 +86,7 @@ fn write(tracker: &Arc<Tracker>, offset: u64) {
         match admitted {
             Admitted::Go => return lane.finish(0),
             Admitted::Held(gate) => {
-                gate.hold(ByteRange::new(offset, 4096), Box::new(|_| {}));
+                gate.hold(ByteRange::new(offset, 4096), Instant::now(), Box::new(|_| {}));
                 if !tracker.serve_store() {
                     tracker.distrust("the fuzzer's table");
                 }

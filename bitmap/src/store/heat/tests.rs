@@ -2,6 +2,7 @@
 
 use super::*;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+use std::time::Instant;
 
 /// Takes everything, until its syncs fail.
 #[derive(Default)]
@@ -78,6 +79,7 @@ fn after_a_cooling_that_failed_no_write_goes_before_the_bitmaps_are_given_up() {
     let goes = Arc::clone(&went);
     heat.hold(
         write,
+        Instant::now(),
         Box::new(move |_| {
             goes.fetch_add(1, SeqCst);
         }),
