@@ -223,8 +223,9 @@ impl Scratch {
 
     /// Keeps `data`, at most one block.
     pub fn keep(&self, data: &[u8]) -> Result<Block, ScratchError> {
+        self.has_room()?;
         // A tmpfs that others use may be full before its share is.
-        match self.keep_in_memory(data) {
+        match self.keep_in(true, data) {
             Err(ScratchError::Cap { .. } | ScratchError::Floor) => self.keep_in(false, data),
             Err(ScratchError::Io(error)) if error.kind() == io::ErrorKind::StorageFull => self.keep_in(false, data),
             kept => kept,
@@ -233,16 +234,19 @@ impl Scratch {
 
     /// The same in memory or not at all.
     pub(crate) fn keep_in_memory(&self, data: &[u8]) -> Result<Block, ScratchError> {
+        self.has_room()?;
         self.keep_in(true, data)
+    }
+
+    fn has_room(&self) -> Result<(), ScratchError> {
+        let (memory, file) = self.used();
+        let Tiers { block, cap, .. } = *self.tiers;
+        if memory + file + block > cap { Err(ScratchError::Cap { cap }) } else { Ok(()) }
     }
 
     fn keep_in(&self, in_memory: bool, data: &[u8]) -> Result<Block, ScratchError> {
         let tiers = &self.tiers;
         debug_assert!(data.len() as u64 <= tiers.block);
-        let (memory, file) = self.used();
-        if memory + file + tiers.block > tiers.cap {
-            return Err(ScratchError::Cap { cap: tiers.cap });
-        }
         let offset = if in_memory { &tiers.memory } else { &tiers.file }.allocate(tiers.block)?;
         // From here on the block's drop gives the space back.
         let block = Block {

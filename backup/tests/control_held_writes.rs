@@ -145,10 +145,8 @@ fn on_a_slow_disk_a_held_write_waits_for_its_own_save_and_not_for_those_before_i
 
 #[test]
 fn where_disk_and_scratch_are_memory_a_held_write_waits_for_nobody() {
-    let lab = Lab::with_scratch(&[4 * MIB], 3 * MIB);
+    let lab = in_memory(3 * MIB);
     let disk = &lab.disks[0];
-    disk.write(0, 4 * MIB, 1);
-    disk.source.memory.store(true, Ordering::SeqCst);
     let point = begin(disk, 60);
     // Scratch has a MiB of memory.
     for n in 0..16 {
@@ -170,10 +168,8 @@ fn where_disk_and_scratch_are_memory_a_held_write_waits_for_nobody() {
 
 #[test]
 fn the_thread_of_a_held_write_is_not_kept_by_a_large_one_or_by_one_before_the_instant() {
-    let lab = Lab::with_scratch(&[4 * MIB], 8 * MIB);
+    let lab = in_memory(8 * MIB);
     let disk = &lab.disks[0];
-    disk.write(0, 4 * MIB, 1);
-    disk.source.memory.store(true, Ordering::SeqCst);
     let (under_way, begun) = mpsc::channel();
     let (land, may_land) = mpsc::channel::<()>();
     std::thread::scope(|scope| {
@@ -200,6 +196,14 @@ fn the_thread_of_a_held_write_is_not_kept_by_a_large_one_or_by_one_before_the_in
         assert_same(&image, &[2; CLUSTER as usize]);
         end(disk, &point);
     });
+}
+
+/// A disk of 4 MiB that is memory, full of ones.
+fn in_memory(scratch: u64) -> Lab {
+    let lab = Lab::with_scratch(&[4 * MIB], scratch);
+    lab.disks[0].write(0, 4 * MIB, 1);
+    lab.disks[0].source.memory.store(true, Ordering::SeqCst);
+    lab
 }
 
 /// A point in time of all of the disk.

@@ -8,7 +8,7 @@
 use super::{CopyBeforeWrite, Saved, State, let_go};
 use crate::buffer::{AlignedBuffer, is_zero};
 use crate::resume::Place;
-use crate::scratch::ScratchError;
+use crate::scratch::{Block, Scratch, ScratchError};
 use blkmark_bitmap::{ByteRange, PreCut, Verdict};
 use std::sync::Arc;
 use std::time::Instant;
@@ -92,7 +92,8 @@ impl CopyBeforeWrite {
         };
         let began = Instant::now();
         let data = &mut buffer[..unit.len() as usize];
-        let result = self.read_and_keep(unit, &points, data);
+        points.iter().for_each(|(_, pre_cut)| pre_cut.wait(unit));
+        let result = self.read_and_keep(unit, data, Scratch::keep);
         self.settle(unit, &points, began, result)
     }
 
@@ -128,41 +129,26 @@ impl CopyBeforeWrite {
         };
         let began = Instant::now();
         let data = &mut buffer[..unit.len() as usize];
-        match self.read_and_keep_in_memory(unit, &points, data) {
-            Some(saved) => self.settle(unit, &points, began, Ok(saved)).is_ok(),
-            None => {
-                self.state().let_go_of(unit);
-                self.saved.notify_all();
-                false
-            }
-        }
+        let waits = points.iter().any(|(_, pre_cut)| pre_cut.pending(unit));
+        // A saver's try at what fails here tells why, and decides what that means.
+        let kept = if waits { None } else { self.read_and_keep(unit, data, Scratch::keep_in_memory).ok() };
+        let Some(saved) = kept else {
+            self.state().let_go_of(unit);
+            self.saved.notify_all();
+            return false;
+        };
+        self.settle(unit, &points, began, Ok(saved)).is_ok()
     }
 
+    /// What was in flight at the instants of those that want it has to be over.
     fn read_and_keep(
         &self,
         unit: ByteRange,
-        points: &[(u64, Arc<PreCut>)],
         data: &mut [u8],
+        keep: impl FnOnce(&Scratch, &[u8]) -> Result<Block, ScratchError>,
     ) -> Result<Saved, ScratchError> {
-        for (_, pre_cut) in points {
-            pre_cut.wait(unit);
-        }
         self.source.read_at(data, unit.start())?;
-        if is_zero(data) { Ok(None) } else { Ok(Some(Arc::new(self.scratch.keep(data)?))) }
-    }
-
-    /// The same where it need not wait. A savers' try at what fails here tells why, and decides what that means.
-    fn read_and_keep_in_memory(
-        &self,
-        unit: ByteRange,
-        points: &[(u64, Arc<PreCut>)],
-        data: &mut [u8],
-    ) -> Option<Saved> {
-        if points.iter().any(|(_, pre_cut)| pre_cut.pending(unit)) {
-            return None;
-        }
-        self.source.read_at(data, unit.start()).ok()?;
-        if is_zero(data) { Some(None) } else { Some(Some(Arc::new(self.scratch.keep_in_memory(data).ok()?))) }
+        if is_zero(data) { Ok(None) } else { Ok(Some(Arc::new(keep(&self.scratch, data)?))) }
     }
 
     /// What was saved is put down for the points that wanted it before and still want it, and the claim goes.
